@@ -1,0 +1,310 @@
+"""The DPO loss, and the loop that trains a model with it.
+
+Read in this order: VARIANTS and dpo_loss (equation 7), response_logp (what goes into it), the two
+objectives, cosine_lr, train_step, val_step, reference_logp, fit. Needs torch alone.
+
+A batch is any object with tokens (any shape), pairs (B,) int64: which pairs of the data set it
+holds, and lengths: of its responses in tokens. A policy is a callable, a module if it is to be
+trained on several GPUs: policy(batch) gives the log-probabilities of the responses in nats, (2B,),
+chosen first (an SFT policy's (B,): chosen alone).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Objective = Callable[[Tensor, object], dict[str, Tensor]]  # (logp, batch) to metrics (B,): "loss", …
+Context = Callable[[], AbstractContextManager]  # opens a context: of autocast, or of nothing
+
+# Each variant's loss of a margin h (reward of chosen - reward of rejected), with beta b and label
+# smoothing e. Those in SMOOTHED use e; for those in PER_TOKEN a logp is a mean over its tokens.
+VARIANTS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    # Rafailov et al. 2023, equation 7; with e Mitchell's conservative DPO: a label is wrong with e
+    "sigmoid": lambda h, b, e: -(1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h),
+    # Chowdhury et al. 2024 (arXiv:2403.00409): in the mean over such labels, the loss of the true ones
+    "robust": lambda h, b, e: (-(1 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1 - 2 * e),
+    # Azar et al. 2023 (arXiv:2310.12036), equation 17; per token, as its authors advise
+    "ipo": lambda h, b, e: (h / b - 1 / (2 * b)) ** 2,
+    # Liu et al. 2023 (arXiv:2309.06657): the hinge of SLiC (Zhao et al. 2023) on DPO's rewards
+    "hinge": lambda h, b, e: F.relu(1 - h),
+    # Lambert et al. 2024 (arXiv:2411.15124): equation 7 per token, against a bias to long responses
+    "sigmoid_norm": lambda h, b, e: -F.logsigmoid(h),
+}
+SMOOTHED, PER_TOKEN = ("sigmoid", "robust"), ("ipo", "sigmoid_norm")
+
+
+def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
+             reference_chosen: Tensor, reference_rejected: Tensor, beta: float,
+             variant: str = "sigmoid", label_smoothing: float = 0.0,
+             chosen_tokens: Tensor | None = None, rejected_tokens: Tensor | None = None,
+             ) -> tuple[Tensor, Tensor, Tensor]:
+    """Each pair's DPO loss, and the two rewards it compares.
+
+    Equation 7 of Rafailov et al. 2023 (arXiv:2305.18290), before its mean over pairs:
+        loss = -log sigmoid(reward of chosen - reward of rejected)
+        reward = beta * (policy's logp - reference's logp)
+
+    Takes four (B,) logps: log p(response | prompt), in nats, summed over the response; and, for the
+    variants in PER_TOKEN, the responses' lengths, (B,), to divide them by. Returns loss, chosen
+    reward, rejected reward, (B,) each; no gradient through the rewards. Raises ValueError unless beta
+    is above 0, and for an unknown variant or an option that it does not use.
+
+    >>> logp = torch.tensor([-3.0])
+    >>> loss, _, _ = dpo_loss(logp, logp, logp, logp, beta=0.1)
+    >>> round(loss.item(), 4)  # the policy still is the reference: log 2
+    0.6931
+    """
+    check_options(beta, variant, label_smoothing)
+    if (variant in PER_TOKEN) != (chosen_tokens is not None and rejected_tokens is not None):
+        raise ValueError(f"{variant}: the lengths are for {' and '.join(PER_TOKEN)}, which need both")
+    chosen = beta * (policy_chosen - reference_chosen)
+    rejected = beta * (policy_rejected - reference_rejected)
+    if variant in PER_TOKEN:
+        chosen, rejected = chosen / chosen_tokens, rejected / rejected_tokens
+    loss = VARIANTS[variant](chosen - rejected, beta, label_smoothing)
+    return loss, chosen.detach(), rejected.detach()
+
+
+def check_options(beta: float, variant: str, label_smoothing: float) -> None:
+    """ValueError unless these make a loss."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta is {beta}, expected a number above 0")
+    if not 0 <= label_smoothing < 0.5 or (label_smoothing and variant not in SMOOTHED):
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 to below 0.5, and 0 "
+                         f"for variants other than {' and '.join(SMOOTHED)}")
+
+
+def response_logp(hidden: Tensor, weight: Tensor, targets: Tensor, response: Tensor,
+                  responses: int, chunk: int = 512) -> Tensor:
+    """Log-probability of each response, given what stands before it: (responses,), in nats.
+
+    hidden (M, C): what the model's head reads at the M tokens before a response's tokens; weight
+    (V, C): the head's, so that logits are hidden @ weight.T. targets (M,) int64: the tokens that
+    came; response (M,) int64: whose they are. No other token's logits are computed, and those of
+    `chunk` tokens at a time: for the gradient they are computed anew.
+
+    Sums over tokens, and the logits of the targets, are float32 at least, also under autocast:
+    bf16 numbers near 100, where GPT-2's logits lie, are 0.5 apart, and near 200 they are 1 apart.
+
+    >>> weight = torch.tensor([[0.0], [math.log(3)]])  # the logits are 0 and hidden * log 3
+    >>> logp = response_logp(torch.tensor([[0.0], [1.0], [1.0]]), weight,
+    ...                      torch.tensor([1, 1, 0]), torch.tensor([0, 0, 1]), 2)
+    >>> logp.exp()  # 1/2 * 3/4, and 1/4
+    tensor([0.3750, 0.2500])
+    """
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+
+    def log_partition(hidden: Tensor) -> Tensor:
+        return F.linear(hidden, weight).to(precise).logsumexp(-1)
+
+    target = (hidden.to(precise) * F.embedding(targets, weight).to(precise)).sum(-1)  # (M,) logits
+    logp = target - torch.cat([checkpoint(log_partition, part, use_reentrant=False)
+                               for part in hidden.split(chunk)])
+    return logp.new_zeros(responses).index_add(0, response, logp)
+
+
+def sft_objective(logp: Tensor, batch: object) -> dict[str, Tensor]:
+    """Supervised fine-tuning on the chosen responses: nats a token, a mean over each response."""
+    return {"loss": -logp / batch.lengths}
+
+
+def dpo_objective(reference: Tensor, beta: float, variant: str = "sigmoid",
+                  label_smoothing: float = 0.0, sft_coef: float = 0.0) -> Objective:
+    """The objective of DPO, with the metrics' names of the field.
+
+    reference (pairs, 2): the reference's logp of every pair's chosen and rejected response. sft_coef
+    adds that times sft_objective of the chosen response (Pang et al. 2024, arXiv:2404.19733,
+    equation 1): the common cure for chosen responses that become less likely.
+    """
+    check_options(beta, variant, label_smoothing)
+
+    def objective(logp: Tensor, batch: object) -> dict[str, Tensor]:
+        (chosen, rejected), lengths = logp.chunk(2), batch.lengths.chunk(2)
+        ref_chosen, ref_rejected = reference[batch.pairs].to(logp).unbind(1)
+        loss, chosen_reward, rejected_reward = dpo_loss(
+            chosen, rejected, ref_chosen, ref_rejected, beta, variant, label_smoothing,
+            *(lengths if variant in PER_TOKEN else ()))
+        margin = chosen_reward - rejected_reward
+        return {"loss": loss + sft_coef * -chosen / lengths[0],
+                "rewards/chosen": chosen_reward, "rewards/rejected": rejected_reward,
+                "rewards/margins": margin,
+                "rewards/accuracies": (margin.sign() + 1) / 2,  # a tie counts one half
+                "logps/chosen": chosen, "logps/rejected": rejected,
+                "chosen_below_reference": (chosen_reward < 0).float()}
+    return objective
+
+
+def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
+              final: float = 0.1) -> float:
+    """The learning rate of update number `step`, from 0 to total_steps - 1.
+
+    Linear from peak / warmup_steps (no update is wasted on 0) to peak, reached by the last of the
+    warm-up; then half a cosine from peak to final * peak, reached by the last of all.
+
+    >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]
+    [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)  # 0 to 1
+    return peak * (final + (1 - final) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+
+
+def total(values: list[float]) -> list[float]:
+    """The sums of these numbers over all processes."""
+    if not dist.is_initialized():
+        return values
+    device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def add(sums: dict[str, float], more: dict[str, float]) -> dict[str, float]:
+    """Both, key by key; what one lacks is 0 there."""
+    return {key: sums.get(key, 0.0) + more.get(key, 0.0) for key in sums | more}
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """From what train_step and val_step return, added up, to means over the pairs of all processes."""
+    sums = dict(zip(sums, total(list(sums.values())), strict=True))
+    pairs, updates = max(1, sums.get("pairs", 0)), max(1, sums.get("updates", 0))
+    return {key: value / (updates if key == "grad_norm" else pairs) for key, value in sums.items()
+            if key not in ("pairs", "tokens", "updates", "skipped")}
+
+
+def train_step(policy: Callable, micro_batches: list, optimizer: torch.optim.Optimizer,
+               objective: Objective, max_norm: float = 1.0, autocast: Context = nullcontext,
+               scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
+    """One update from the mean gradient over the pairs of all micro-batches, of all processes.
+
+    Returns sums over this process's pairs: each metric, "pairs", "tokens"; and of the update:
+    "updates" 1 and "grad_norm", before it was clipped to max_norm. A gradient that is not finite
+    makes no update and returns "skipped" 1 alone.
+    """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    (pairs,), sums = total([float(sum(len(batch.pairs) for batch in micro_batches))]), {}
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    for i, batch in enumerate(micro_batches):
+        more = hasattr(policy, "no_sync") and i < len(micro_batches) - 1  # DDP: reduce once, at the end
+        with policy.no_sync() if more else nullcontext():
+            with autocast():
+                logp = policy(batch)
+            metrics = objective(logp, batch)
+            loss = metrics["loss"].sum() * (world / pairs)  # DDP takes the mean over processes
+            scaler.scale(loss).backward()
+        sums = add(sums, _sums(metrics, batch))
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    if math.isfinite(norm):
+        scaler.step(optimizer)
+        sums |= {"updates": 1, "grad_norm": norm}
+    else:
+        sums = {"skipped": 1}
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return sums
+
+
+def _sums(metrics: dict[str, Tensor], batch: object) -> dict[str, float]:
+    """Each metric summed over the batch's pairs, and their number; one wait for the device."""
+    sums = torch.stack([m.detach().double().sum() for m in metrics.values()]).tolist()
+    return dict(zip(metrics, sums, strict=True)) | {
+        "pairs": len(batch.pairs), "tokens": batch.tokens.numel()}
+
+
+@torch.no_grad()
+def val_step(policy: Callable, batch: object, objective: Objective,
+             autocast: Context = nullcontext) -> dict[str, float]:
+    """Sums over the batch's pairs: each metric of the objective, "pairs", "tokens"."""
+    with autocast():
+        logp = policy(batch)
+    return _sums(objective(logp, batch), batch)
+
+
+@torch.no_grad()
+def reference_logp(policy: Callable, batches: Iterable, pairs: int,
+                   autocast: Context = nullcontext) -> Tensor:
+    """The policy's logp of the `pairs` of a data set, before it trains: (pairs, 2) float32, CPU.
+
+    The reference never changes, so what it says of the data is data: computed once, by the very
+    model that training starts from, and no second model stands in memory.
+    """
+    table = torch.zeros(pairs, 2)
+    for batch in batches:
+        with autocast():
+            table[batch.pairs.cpu()] = policy(batch).float().view(2, -1).T.cpu()
+    return torch.tensor(total(table.flatten().tolist())).view(pairs, 2)
+
+
+def fit(policy: Callable, optimizer: torch.optim.Optimizer, objective: Objective,
+        train: Callable[[int], Iterator[list]], validate: Callable[[], dict[str, float]], *,
+        steps: int, rate: Callable[[int], float], val_every: int, patience: int, log_every: int,
+        save_every: int, log: Callable[[str, int, dict], None], save: Callable[[str, dict], str],
+        state: dict | None = None, interrupted: Callable[[], bool] = lambda: False,
+        max_norm: float = 1.0, autocast: Context = nullcontext,
+        scaler: torch.amp.GradScaler | None = None, max_skipped: int = 20) -> dict:
+    """Train for `steps` updates, or until `patience` validations in a row brought no lower loss.
+
+    train(step) gives the micro-batches of update `step`, then of the next, without end; validate()
+    the means over the validation set; rate(step) the learning rate. log(kind, step, values) takes
+    "train" (means over the pairs since its last call) and "val". save(kind, state) stores "best"
+    (a lower validation loss than any before, the first being that of step 0) and "last" (at each
+    validation, every save_every steps, and when interrupted() says so, before KeyboardInterrupt) and
+    returns where. With the state of a "last", and model, optimizer and scaler as they were, the run
+    goes on as if it had not stopped. Returns the last state. Raises FloatingPointError after
+    max_skipped updates in a row without a finite gradient.
+    """
+    state = dict(state or {"step": 0, "best": math.inf, "best_step": 0, "best_at": "", "not_better": 0,
+                           "skipped": 0, "skipped_in_row": 0, "window": {}})
+
+    def validation() -> None:
+        values = validate()
+        if values["loss"] < state["best"]:
+            state.update(best=values["loss"], best_step=state["step"], not_better=0)
+            state["best_at"] = save("best", state)
+        else:
+            state["not_better"] += 1
+        log("val", state["step"], values | {"best": state["best"], "best_step": state["best_step"]})
+        save("last", state)
+
+    if state["step"] == 0:
+        validation()
+    first, start, updates = state["step"], time.perf_counter(), train(state["step"])
+    clock = start
+    while state["step"] < steps and state["not_better"] < patience:
+        lr = rate(state["step"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums = train_step(policy, next(updates), optimizer, objective, max_norm, autocast, scaler)
+        state["step"], state["window"] = state["step"] + 1, add(state["window"], sums)
+        state["skipped"] += sums.get("skipped", 0)
+        state["skipped_in_row"] = state["skipped_in_row"] + 1 if "skipped" in sums else 0
+        if state["skipped_in_row"] == max_skipped:
+            raise FloatingPointError(f"no finite gradient in {max_skipped} updates up to {state['step']}; the "
+                                     f"last good checkpoint is {state['best_at']}; try a lower rate")
+        if state["step"] % log_every == 0 or state["step"] == steps:
+            now, tokens = time.perf_counter(), total([state["window"].get("tokens", 0.0)])[0]
+            left = (now - start) / (state["step"] - first) * (steps - state["step"])
+            log("train", state["step"], means(state["window"]) | {
+                "lr": lr, "skipped": state["skipped"], "tokens_per_second": tokens / (now - clock),
+                "seconds_left": left})
+            state["window"], clock = {}, now
+        if state["step"] % val_every == 0 or state["step"] == steps:
+            validation()
+        elif state["step"] % save_every == 0:
+            save("last", state)
+        if interrupted():
+            save("last", state)
+            raise KeyboardInterrupt
+    return state
