@@ -247,6 +247,23 @@ def reference_logp(policy: Callable, batches: Iterable, pairs: int,
     return torch.tensor(total(table.flatten().tolist())).view(pairs, 2)
 
 
+def check_start(policy: Callable, batch: object, reference: Tensor, beta: float,
+                autocast: Context, tolerance: float) -> None:
+    """Before DPO's first update the policy is the reference: all rewards are 0 and the loss is ln 2.
+
+    reference (pairs, 2): see reference_logp. What is left is rounding, which differs between `batch`
+    and the batches of the reference's pass. Raises ValueError where it is `tolerance` or more.
+    """
+    start = means(val_step(policy, batch, dpo_objective(reference, beta), autocast))
+    found = (f"loss {start['loss']:.7f}, mean rewards {start['rewards/chosen']:+.1e} and "
+             f"{start['rewards/rejected']:+.1e}; expected {math.log(2):.7f} and 0 within {tolerance:.0e}")
+    off = [start["loss"] - math.log(2), start["rewards/chosen"], start["rewards/rejected"]]
+    if not max(map(abs, off)) < tolerance:
+        raise ValueError(f"before DPO: {found}: the policy is not its reference; look for dropout, a "
+                         f"stale reference, an adapter that changes the model at once, a wrong mask")
+    print(f"start  {found}", flush=True)
+
+
 def fit(policy: Callable, optimizer: torch.optim.Optimizer, objective: Objective,
         train: Callable[[int], Iterator[list]], validate: Callable[[], dict[str, float]], *,
         steps: int, rate: Callable[[int], float], val_every: int, patience: int, log_every: int,
