@@ -1,7 +1,7 @@
 """Fine-tune GPT-2 on hh-rlhf: SFT on the chosen answers, then DPO. `python train.py --help`.
 
-Read in this order: Config (the options), Policy (from a batch to log-probabilities), Run (what a run
-writes and prints), train_stage, the demo's world, run (the whole job). Imports model, data, dpo.
+Read in this order: Config (the options), Policy (from a batch to log-probabilities), Run (what a
+run writes and prints), train_stage, the demo's world, run (the whole job).
 """
 
 import argparse
@@ -26,20 +26,19 @@ from torch import Tensor, nn
 
 import data
 import dpo
-from model import NAMES, GPT2, GPT2Config, Rows, add_adapters, generate, save_pretrained
+from model import GPT2, NAMES, GPT2Config, Rows, add_adapters, generate, save_pretrained
 
-SIDES = ("chosen", "rejected")
 EVAL_PAIRS = 64  # in a batch of the passes without gradients
 
 
-def option(default, help: str, choices: tuple = ()):
+def option(default, help: str, *choices: str):
     return field(default=default, metadata={"help": help, "choices": choices or None})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every option: its type, its default and its help, once. Raises ValueError for a bad number."""
-    model: str = option("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or file of one")
+    """Every option: type, default and help, once. Raises ValueError for a number out of range."""
+    model: str = option("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or file")
     hh_dir: str = option("hh-rlhf", "where <subset>/<split>.jsonl.gz are, or are downloaded to")
     subsets: str = option(",".join(data.SUBSETS), "which of hh-rlhf, separated by commas")
     pairs: str = option("", "a JSONL file of your own pairs, to use instead of hh-rlhf")
@@ -47,27 +46,26 @@ class Config:
     resume: bool = option(False, "go on where the run in the folder stopped, if there is one")
     demo: bool = option(False, "a tiny model on made-up pairs; needs no download")
     seed: int = option(0, "of the order of the pairs and of new weights")
-    dtype: str = option("auto", "of matrix products; auto: bfloat16 where the processor has it, float16 "
-                        "on older GPUs, else float32", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("auto", "of matrix products; auto: the fastest that the machine has",
+                        "auto", "float32", "bfloat16", "float16")
     max_tokens: int = option(512, "of a prompt and one answer; a longer answer is cut")
     max_prompt_tokens: int = option(256, "of a prompt; a longer one is cut from the left")
     val_share: float = option(0.1, "of the training prompts, kept for validation")
-    adapter: str = option("parallel", "beside each frozen MLP; or a small MLP to replace it; or none, "
-                          "with all weights training", ("parallel", "replace", "none"))
+    adapter: str = option("parallel", "a small MLP beside each frozen one, or instead; or none",
+                          "parallel", "replace", "none")
     adapter_width: int = option(64, "neurons of an adapter")
-    adapter_init: str = option("scratch", "of a replacing adapter: random, or from the MLP's strongest "
-                               "neurons", ("scratch", "pretrained"))
+    adapter_init: str = option("scratch", "a replacing MLP: random, or of the old one's neurons",
+                               "scratch", "pretrained")
     adapter_layers: int = option(0, "how many of the upper layers have adapters; 0: all")
     beta: float = option(0.1, "pull towards the reference; the paper: 0.1, on TL;DR 0.5")
-    loss: str = option("sigmoid", "the variant of the DPO loss, see dpo.py", tuple(dpo.VARIANTS))
+    loss: str = option("sigmoid", "the variant of the DPO loss, see dpo.py", *dpo.VARIANTS)
     label_smoothing: float = option(0.0, "share of labels taken to be wrong (sigmoid, robust)")
     sft_coef: float = option(0.0, "weight in DPO's loss of the chosen answers' nats a token")
     sft_epochs: int = option(1, "of SFT; 0: the reference is the model as it comes")
     sft_lr: float = option(5e-5, "peak learning rate of SFT")
     epochs: int = option(1, "of DPO, at most")
-    lr: float = option(0.0, "peak learning rate of DPO; 0: 1e-6 for adapter none, as in the paper, "
-                       "else 1e-4")
-    warmup_share: float = option(0.1, "of the updates: the rate grows linearly, then falls as a cosine")
+    lr: float = option(0.0, "peak learning rate of DPO; 0: 1e-6 (the paper's) for none, else 1e-4")
+    warmup_share: float = option(0.1, "of the updates: the rate grows linearly, then a cosine")
     batch_pairs: int = option(32, "pairs in an update, all processes together")
     micro_pairs: int = option(32, "pairs in a forward and backward pass; fewer need less memory")
     max_norm: float = option(1.0, "the norm to which a gradient is clipped")
@@ -79,27 +77,22 @@ class Config:
     def __post_init__(self):
         may_be_0 = "seed sft_epochs lr sft_coef label_smoothing adapter_layers warmup_share".split()
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type in (int, float) and not (0 <= value < math.inf and (value or f.name in may_be_0)):
-                raise ValueError(f"--{f.name} is {value}, expected a number above 0")
-        if self.val_share >= 0.5 or self.warmup_share > 1:
-            raise ValueError(f"--val_share is {self.val_share}, --warmup_share {self.warmup_share}; "
-                             f"expected below 0.5, and 1 at most")
+            value, least = getattr(self, f.name), "0 or more" if f.name in may_be_0 else "above 0"
+            most = {"val_share": 0.5, "warmup_share": 1.0, "seed": 2**63}.get(f.name, math.inf)
+            if f.type in (int, float) and not (0 <= value < most and (value or f.name in may_be_0)):
+                raise ValueError(f"--{f.name} is {value}, expected {least} and below {most}")
         dpo.check_options(self.beta, self.loss, self.label_smoothing)
 
-    @property
-    def dpo_lr(self) -> float:
-        return self.lr or (1e-6 if self.adapter == "none" else 1e-4)
 
-
-DEMO = {"out": "out/demo", "dtype": "float32", "max_tokens": 100, "max_prompt_tokens": 60, "beta": 1.0,
-        "sft_epochs": 2, "sft_lr": 2e-3, "epochs": 1, "lr": 5e-4}  # --demo's defaults
+DEMO = {"out": "out/demo", "dtype": "float32", "max_tokens": 100, "max_prompt_tokens": 60,
+        "beta": 1.0, "sft_epochs": 2, "sft_lr": 2e-3, "epochs": 1, "lr": 5e-4}  # --demo's defaults
 
 
 def parse(argv: list[str] | None = None) -> Config:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description="SFT and DPO of GPT-2 on hh-rlhf", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="SFT, then DPO, of GPT-2 on hh-rlhf", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error  {message}; see python train.py --help\n")
     for f in fields(Config):
         kind = {"type": f.type, "choices": f.metadata["choices"]}
@@ -123,48 +116,47 @@ class Policy(nn.Module):
 
 
 class Run:
-    """Where a run computes, and what it leaves and prints: of several processes the first does it."""
+    """Where a run computes, what it leaves and prints (of several processes only the first)."""
     def __init__(self, config: Config):
         several = dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         self.config, self.folder, self.saved = config, Path(config.out), None
-        self.device, auto = torch.device("cpu"), "float32"
+        device, auto = "mps" if torch.backends.mps.is_available() else "cpu", "float32"
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            auto = "bfloat16" if torch.cuda.get_device_capability(self.device)[0] >= 8 else "float16"
-        elif torch.backends.mps.is_available():
-            self.device = torch.device("mps")
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            auto = "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
         elif torch.cpu.get_capabilities().get("avx512_bf16"):
             auto = "bfloat16"
+        self.device = torch.device(device)
         self.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
-        low = self.dtype != torch.float32
-        self.autocast = partial(torch.autocast, self.device.type, self.dtype, enabled=low)
+        self.autocast = partial(torch.autocast, self.device.type, self.dtype,
+                                enabled=self.dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def open(self, audit: dict) -> None:
-        """Begin the run's folder, or find what to go on from. Raises ValueError if it isn't ours."""
-        path, last = self.folder / "config.json", self.folder / "last.pt"
-        options = asdict(self.config) | {"resume": False}
-        if path.exists() and not self.config.resume:
-            raise ValueError(f"{self.folder} holds a run: go on with --resume, or give another --out")
+        """Begin the folder, or find what to go on from. ValueError for another run's folder."""
+        path, options = self.folder / "config.json", asdict(self.config) | {"resume": False}
         if path.exists():
             begun = json.loads(path.read_text())["options"]
-            other = [f"--{k} {begun.get(k)}, not {v}" for k, v in options.items() if begun.get(k) != v]
-            if other:
-                raise ValueError(f"{self.folder} was begun with {'; '.join(other)}: resume as it began")
-        if path.exists() and last.exists():
-            self.saved = torch.load(last, map_location="cpu", weights_only=True)
+            other = [f"--{k} {begun.get(k)}, not {options[k]}" for k in options
+                     if begun.get(k) != options[k]]
+            if other or not self.config.resume:
+                raise ValueError(f"{self.folder} holds a run {'; '.join(other)}: use --resume"
+                                 f" with its options, or another --out")
+            if (last := self.folder / "last.pt").exists():
+                self.saved = torch.load(last, map_location="cpu", weights_only=True)
         self.wait()  # no process writes before all have looked
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+                             capture_output=True, text=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = open(os.devnull if self.rank else self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
+        self.metrics = open(os.devnull if self.rank else self.folder / "metrics.jsonl", "ab")
         if self.rank == 0:
             self.metrics.truncate(self.saved["metrics_bytes"] if self.saved else 0)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps({"options": options, "audit": audit, "versions": {
-                "python": platform.python_version(), "torch": torch.__version__, "commit": commit}}))
-            part.replace(path)
+            versions = {"python": platform.python_version(), "torch": torch.__version__,
+                        "commit": git.stdout.strip()}
+            path.with_suffix(".part").write_text(json.dumps(
+                {"options": options, "audit": audit, "versions": versions}, indent=1))
+            path.with_suffix(".part").replace(path)
 
     def wait(self) -> None:
         if self.world > 1:
@@ -175,18 +167,14 @@ class Run:
         line = {"kind": kind, "stage": stage, "step": step} | values
         self.metrics.write(json.dumps(line).encode() + b"\n")
         self.metrics.flush()
-        shown = [f"{'step' if kind == 'train' else kind:6} {stage} {step}/{steps}",
-                 f"loss {values['loss']:.4f}"]
-        if "rewards/margins" in values:
-            shown += [f"margin {values['rewards/margins']:+.3f}",
-                      f"accuracy {values['rewards/accuracies']:.3f}"]
-        if kind == "train":
-            minutes, seconds = divmod(round(values["seconds_left"]), 60)
-            shown += [f"lr {values['lr']:.1e}", f"{values['tokens_per_second']:,.0f} tok/s",
-                      f"{minutes}m{seconds:02}s left"]
-        if kind == "val":
-            shown += [f"best so far {values['best']:.4f} at {values['best_step']}"]
-        print(" | ".join(shown), flush=True)
+        print(f"{'step' if kind == 'train' else kind:6} {stage} {step}/{steps}", end="")
+        for name, key, form in (
+                ("loss", "loss", ".4f"), ("margin", "rewards/margins", "+.3f"), ("lr", "lr", ".1e"),
+                ("accuracy", "rewards/accuracies", ".3f"), ("tok/s", "tokens_per_second", ",.0f"),
+                ("best", "best", ".4f"), ("at", "best_step", ""), ("left", "seconds_left", ".0f")):
+            if key in values:
+                print(f" | {name} {values[key]:{form}}", end="s" if key == "seconds_left" else "")
+        print(flush=True)
 
     def save(self, stage: str, model: GPT2, optimizer: torch.optim.Optimizer, reference: dict,
              kind: str, state: dict) -> str:
@@ -204,7 +192,7 @@ class Run:
 
 
 def evaluate(policy: Policy, pairs: list[data.TokenPair], objective: dpo.Objective, run: Run,
-             sides: tuple[str, ...] = SIDES) -> dict[str, float]:
+             sides: tuple[str, ...] = data.SIDES) -> dict[str, float]:
     """Means of the objective over the pairs."""
     sums: dict[str, float] = {}
     for batch, in data.batches(pairs, EVAL_PAIRS, None, 0, 0, run.rank, run.world, 0, sides):
@@ -214,10 +202,12 @@ def evaluate(policy: Policy, pairs: list[data.TokenPair], objective: dpo.Objecti
 
 def train_stage(stage: str, model: GPT2, parts: dict[str, list], reference: dict[str, Tensor],
                 run: Run) -> None:
-    """SFT or DPO of `model`, in place, on parts["train"]; the best weights end in the run's folder."""
+    """SFT or DPO of `model`, in place, on parts["train"]; leaves the best weights in the folder."""
     config, sft = run.config, stage == "sft"
-    sides, epochs, peak = ((("chosen",), config.sft_epochs, config.sft_lr) if sft else
-                           (SIDES, config.epochs, config.dpo_lr))
+    sides, epochs, peak = data.SIDES, config.epochs, config.lr or (
+        1e-6 if config.adapter == "none" else 1e-4)
+    if sft:
+        sides, epochs, peak = ("chosen",), config.sft_epochs, config.sft_lr
     objective = {part: dpo.sft_objective if sft else dpo.dpo_objective(
         reference[part].to(run.device), config.beta, config.loss, config.label_smoothing,
         config.sft_coef) for part in ("train", "val")}
@@ -250,15 +240,16 @@ def train_stage(stage: str, model: GPT2, parts: dict[str, list], reference: dict
             rate=lambda step: dpo.cosine_lr(step, peak, round(config.warmup_share * steps), steps),
             val_every=max(1, an_epoch // config.vals_per_epoch), patience=config.patience,
             log_every=config.log_every, save_every=config.save_every,
-            log=partial(run.log, stage, steps), save=partial(run.save, stage, model, optimizer, reference),
+            log=partial(run.log, stage, steps),
+            save=partial(run.save, stage, model, optimizer, reference),
             state=saved and saved["state"], interrupted=lambda: bool(signals),
             max_norm=config.max_norm, autocast=run.autocast, scaler=run.scaler)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     why = "all updates" if state["step"] == steps else f"{config.patience} validations not lower"
-    print(f"stop   {stage} {state['step']}/{steps} | {why} | {state['skipped']} updates skipped | best "
-          f"{state['best']:.4f} at {state['best_step']}: {state['best_at']}", flush=True)
+    print(f"stop   {stage} {state['step']}/{steps} | {why} | {state['skipped']} updates skipped | "
+          f"best {state['best']:.4f} at {state['best_step']}: {state['best_at']}", flush=True)
     run.wait()  # the best weights are written
 
 
@@ -287,48 +278,48 @@ def demo_verdict(answer: str) -> tuple[bool, bool]:
 
 
 def show_demo(run: Run, encoding: tiktoken.Encoding, prompts: list[str]) -> int:
-    """Sample before and after DPO, print answers and shares; 0 if 95% are right after it, else 1."""
+    """Sample and print answers before and after DPO; 0 if 95% of the latter are right, else 1."""
     ids, answers, shares = [encoding.encode_ordinary(p) for p in prompts], [], []
     for folder in ("sft", "best"):
         model = GPT2.from_pretrained(run.folder / folder).to(run.device)
         new = generate(model, ids, 30, end_token=encoding.eot_token, seed=run.config.seed)
         answers.append([encoding.decode(a) for a in new])
-        shares.append([sum(s) / len(ids) for s in zip(*map(demo_verdict, answers[-1]), strict=True)])
+        verdicts = zip(*map(demo_verdict, answers[-1]), strict=True)
+        shares.append([sum(v) / len(ids) for v in verdicts])
     for prompt, before, after in list(zip(prompts, *answers, strict=True))[:6]:
         print(f"answer {prompt[9:-13]:20} before DPO:{before[:-13]:10} after:{after[:-13]}")
     for when, (obey, formed) in zip(("before", "after"), shares, strict=True):
-        print(f"demo   {when:6} DPO {obey:6.1%} of {len(ids)} fresh answers obey the rule, {formed:.1%} "
-              f"are well formed")
+        print(f"demo   {when:6} DPO {obey:6.1%} of {len(ids)} fresh answers obey the rule, "
+              f"{formed:.1%} are well formed")
     return 0 if min(shares[1]) >= 0.95 else 1
 
 
-def load_parts(config: Config, encoding: tiktoken.Encoding, audit: dict) -> tuple[dict, dict]:
-    """SFT's and DPO's parts "train", "val", "test", as token pairs; `audit` says what became of all.
+def load_parts(config: Config, encoding: tiktoken.Encoding, audit: dict) -> list[dict[str, list]]:
+    """Parts "train", "val", "test" as token pairs, of the demo SFT's first; `audit` gets counts.
 
-    They differ in the demo alone. Raises ValueError when a part has no pair.
+    Raises ValueError when a part has no pair.
     """
     found: dict[str, list[data.Pair]] = {"train": [], "test": []}
-    sources = [found["train"]]
-    if config.demo:
-        sources = demo_pairs(3000, config.seed)
-    for part in () if config.demo else ("train",) if config.pairs else found:
-        for path in [config.pairs] if config.pairs else data.fetch_hh(
-                config.hh_dir, config.subsets.split(","), part):
+    files = {"train": [config.pairs]} if config.pairs else {} if config.demo else {
+        part: data.fetch_hh(config.hh_dir, config.subsets.split(","), part) for part in found}
+    for part, paths in files.items():
+        for path in paths:
             pairs, audit[str(path)] = data.read_pairs(path)
             found[part] += pairs
     result = []
-    for pairs in sources:
+    for pairs in demo_pairs(3000, config.seed) if config.demo else [found["train"]]:
         parts, audit["split"] = data.split(pairs, found["test"], config.val_share)
         for part, some in parts.items():
             parts[part], audit[part] = data.tokenize(some, encoding, config.max_tokens,
                                                      config.max_prompt_tokens)
             audit[part]["kept"] = len(parts[part])
             if not parts[part]:
-                raise ValueError(f"no pair for {part}, expected some: give more, or another --val_share")
+                raise ValueError(f"no pair for {part}, expected some: give more pairs, or a larger "
+                                 f"--val_share")
         result.append(parts)
     for name, counts in audit.items():
-        print(f"pairs  {name}: {', '.join(f'{n:,} {what}' for what, n in counts.items())}", flush=True)
-    return result[0], result[-1]
+        print(f"pairs  {name}:", ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+    return result
 
 
 def draw_curves(folder: Path) -> None:
@@ -340,8 +331,8 @@ def draw_curves(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     axes = figure.subplots(1, 4)
-    for axis, name in zip(axes, ("loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
-                          strict=True):
+    names = ("loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
+    for axis, name in zip(axes, names, strict=True):
         for kind in ("train", "val"):
             dots = [(r["step"], r[name]) for r in rows if (r["stage"], r["kind"]) == ("dpo", kind)]
             axis.plot(*zip(*dots, strict=True), label=kind)
@@ -357,8 +348,9 @@ def run(config: Config) -> int:
     if config.demo:
         model = GPT2(GPT2Config(2, 4, 128, 128, 257, 512))
         nn.init.normal_(model.wte.weight, std=0.1)  # so narrow a model needs bytes further apart
-        encoding = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 256},
-                                     mergeable_ranks={bytes([i]): i for i in range(256)})
+        encoding = tiktoken.Encoding(
+            "bytes", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 256},
+            mergeable_ranks={bytes([i]): i for i in range(256)})
     else:
         named = config.model in NAMES and not Path(config.model).exists()
         model = GPT2.from_pretrained(data.fetch_model(config.model) if named else config.model)
@@ -366,49 +358,48 @@ def run(config: Config) -> int:
     if config.max_tokens > model.config.n_positions:
         raise ValueError(f"--max_tokens is {config.max_tokens}, but the model's context holds "
                          f"{model.config.n_positions}: give a smaller number")
-    sft_parts, parts = load_parts(config, encoding, audit)
+    parts = load_parts(config, encoding, audit)
     out.open(audit)
-    resumed = out.saved["stage"] if out.saved else ""
-
+    in_dpo = bool(out.saved) and out.saved["stage"] == "dpo"
     if config.sft_epochs:
-        if resumed != "dpo":
-            train_stage("sft", model.to(out.device), sft_parts, {}, out)
+        if not in_dpo:
+            train_stage("sft", model.to(out.device), parts[0], {}, out)
         model = GPT2.from_pretrained(out.folder / "sft")
-    policy, reference = Policy(model.to(out.device)), out.saved["reference"] if resumed == "dpo" else {}
-    for part, pairs in parts.items() if not reference else ():
-        batches = (b[0].to(out.device) for b in data.batches(pairs, EVAL_PAIRS, None, 0, 0, out.rank, out.world))
-        batches = data.track(batches, f"reference of {part}", len(pairs), "pairs",
-                             lambda batch: len(batch.pairs) * out.world)
+    policy, parts = Policy(model.to(out.device)), parts[-1]
+    reference = out.saved["reference"] if in_dpo else {}
+    for part, pairs in parts.items() if not in_dpo else ():
+        batches = data.batches(pairs, EVAL_PAIRS, None, 0, 0, out.rank, out.world)
+        batches = data.track((b[0].to(out.device) for b in batches), f"reference of {part}",
+                             len(pairs), "pairs", lambda batch: len(batch.pairs) * out.world)
         reference[part] = dpo.reference_logp(policy, batches, len(pairs), out.autocast)
+    some = next(data.batches(parts["train"], EVAL_PAIRS, config.seed))[0].to(out.device)
     check_start = partial(
-        dpo.check_start, policy, next(data.batches(parts["train"], EVAL_PAIRS, config.seed))[0].to(out.device),
-        reference["train"].to(out.device), config.beta, out.autocast,
+        dpo.check_start, policy, some, reference["train"].to(out.device), config.beta, out.autocast,
         1e-6 if out.dtype == torch.float32 else 5e-3)
-    as_saved = resumed == "dpo" or config.adapter == "replace"
-    if as_saved:  # the model is the one whose logps stand in `reference`
+    if config.adapter == "replace":
+        check_start()  # now or never: without its MLPs the model is no longer the reference
+    add_adapters(model, config.adapter, config.adapter_width, config.adapter_init,
+                 config.adapter_layers)
+    if config.adapter != "replace":
         check_start()
-    add_adapters(model, config.adapter, config.adapter_width, config.adapter_init, config.adapter_layers)
-    if not as_saved:  # and still is, with adapters
-        check_start()
-    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)]
-    print(f"model  {counts[0]:,} parameters, {counts[1]:,} train | {out.device.type}, {str(out.dtype)[6:]} | "
-          f"torch {torch.__version__} | seed {config.seed}", flush=True)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"model  {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} train | "
+          f"{out.device.type}, {str(out.dtype)[6:]} | torch {torch.__version__}", flush=True)
     train_stage("dpo", model, parts, reference, out)
 
     policy = Policy(GPT2.from_pretrained(out.folder / "best").to(out.device))
     objective = dpo.dpo_objective(reference["test"].to(out.device), config.beta, config.loss,
                                   config.label_smoothing, config.sft_coef)
-    values, n = evaluate(policy, parts["test"], objective, out), len(parts["test"])
-    out.log("dpo", 0, "test", 0, values | {"pairs": n})
-    p = values["rewards/accuracies"]
-    print(f"result {out.folder / 'best'} | test accuracy {p:.3f} +- {1.96 * math.sqrt(p * (1 - p) / n):.3f} "
-          f"(95%, {n} pairs)", flush=True)
-    if out.rank == 0:
-        draw_curves(out.folder)
-    if config.demo and out.rank == 0:
-        prompts = sorted({encoding.decode(pair.prompt.tolist()) for pair in parts["test"]})
-        return show_demo(out, encoding, prompts * math.ceil(400 / len(prompts)))
-    return 0
+    test, n = evaluate(policy, parts["test"], objective, out), len(parts["test"])
+    p = test["rewards/accuracies"]
+    half = 1.96 * math.sqrt(p * (1 - p) / n)  # of the 95% interval
+    out.log("dpo", 0, "test", 0, test | {"pairs": n, "accuracy_half_interval": half})
+    print(f"result {out.folder / 'best'} | test accuracy {p:.3f} +- {half:.3f} on {n} pairs")
+    if out.rank:
+        return 0
+    draw_curves(out.folder)
+    prompts = sorted({encoding.decode(pair.prompt.tolist()) for pair in parts["test"]})
+    return show_demo(out, encoding, prompts * math.ceil(400 / len(prompts))) if config.demo else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -420,7 +411,8 @@ def main(argv: list[str] | None = None) -> int:
             dist.init_process_group("nccl" if cuda else "gloo")
             if cuda:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")  # noqa: SIM115
+            if dist.get_rank():
+                sys.stdout = open(os.devnull, "w")
         return run(config)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error  {error}", file=sys.stderr)
