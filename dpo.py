@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-Objective = Callable[[Tensor, object], dict[str, Tensor]]  # (logp, batch) to metrics (B,): "loss", …
+Objective = Callable[[Tensor, object], dict[str, Tensor]]  # (logp, batch) to metrics (B,) by name
 Context = Callable[[], AbstractContextManager]  # opens a context: of autocast, or of nothing
 
 # Each variant's loss of a margin h (reward of chosen - reward of rejected), with beta b and label
@@ -28,7 +27,7 @@ Context = Callable[[], AbstractContextManager]  # opens a context: of autocast, 
 VARIANTS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     # Rafailov et al. 2023, equation 7; with e Mitchell's conservative DPO: a label is wrong with e
     "sigmoid": lambda h, b, e: -(1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h),
-    # Chowdhury et al. 2024 (arXiv:2403.00409): in the mean over such labels, the loss of the true ones
+    # Chowdhury et al. 2024 (arXiv:2403.00409): its mean over such labels is the loss of true ones
     "robust": lambda h, b, e: (-(1 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1 - 2 * e),
     # Azar et al. 2023 (arXiv:2310.12036), equation 17; per token, as its authors advise
     "ipo": lambda h, b, e: (h / b - 1 / (2 * b)) ** 2,
@@ -53,8 +52,9 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
 
     Takes four (B,) logps: log p(response | prompt), in nats, summed over the response; and, for the
     variants in PER_TOKEN, the responses' lengths, (B,), to divide them by. Returns loss, chosen
-    reward, rejected reward, (B,) each; no gradient through the rewards. Raises ValueError unless beta
-    is above 0, and for an unknown variant or an option that it does not use.
+    reward, rejected reward, (B,) each; no gradient through the rewards, none to the reference.
+    Raises ValueError unless beta is above 0, for an unknown variant, and for an option that it does
+    not use.
 
     >>> logp = torch.tensor([-3.0])
     >>> loss, _, _ = dpo_loss(logp, logp, logp, logp, beta=0.1)
@@ -62,10 +62,11 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     0.6931
     """
     check_options(beta, variant, label_smoothing)
-    if (variant in PER_TOKEN) != (chosen_tokens is not None and rejected_tokens is not None):
-        raise ValueError(f"{variant}: the lengths are for {' and '.join(PER_TOKEN)}, which need both")
-    chosen = beta * (policy_chosen - reference_chosen)
-    rejected = beta * (policy_rejected - reference_rejected)
+    for tokens in (chosen_tokens, rejected_tokens):
+        if (tokens is not None) != (variant in PER_TOKEN):
+            raise ValueError(f"{variant}: {' and '.join(PER_TOKEN)} need lengths, others none")
+    chosen = beta * (policy_chosen - reference_chosen.detach())
+    rejected = beta * (policy_rejected - reference_rejected.detach())
     if variant in PER_TOKEN:
         chosen, rejected = chosen / chosen_tokens, rejected / rejected_tokens
     loss = VARIANTS[variant](chosen - rejected, beta, label_smoothing)
@@ -81,6 +82,53 @@ def check_options(beta: float, variant: str, label_smoothing: float) -> None:
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and variant not in SMOOTHED):
         raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 to below 0.5, and 0 "
                          f"for variants other than {' and '.join(SMOOTHED)}")
+
+
+class LogPartition(torch.autograd.Function):
+    """The log of the sum of exp(hidden @ weight.T) over the vocabulary: (M,), float32 at least.
+
+    `chunk` rows of logits at a time, in buffers that serve all chunks: on a CPU new memory of that
+    size takes longer than the arithmetic. The gradient of hidden is the softmax's mean of weight;
+    it is made in the forward pass, where the softmax is. That of weight makes the softmax anew.
+    """
+    @staticmethod
+    def exp_logits(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[Tensor, ...]]:
+        """By chunk: its rows, exp(logits - top), a buffer like it in hidden's dtype, and top."""
+        low = hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        high = torch.empty_like(low, dtype=torch.promote_types(low.dtype, torch.float32))
+        for rows in hidden.split(chunk):
+            logits, exp = low[:len(rows)], high[:len(rows)]
+            exp.copy_(torch.mm(rows, weight.T, out=logits))
+            top = exp.amax(-1, keepdim=True)
+            yield rows, exp.sub_(top).exp_(), logits, top
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
+        kind, ctx.chunk, ctx.dtypes = hidden.device.type, chunk, (hidden.dtype, weight.dtype)
+        if torch.is_autocast_enabled(kind):
+            hidden, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (hidden, weight))
+        log_z, mean = [], []
+        for _, exp, buffer, top in LogPartition.exp_logits(hidden, weight, chunk):
+            total = exp.sum(-1, keepdim=True)
+            log_z.append(top + total.log())
+            if ctx.needs_input_grad[0]:
+                mean.append(torch.mm(buffer.copy_(exp), weight) / total)
+        log_z = torch.cat(log_z)  # (M, 1)
+        ctx.save_for_backward(hidden, weight, log_z, *(torch.cat(m) for m in [mean] if m))
+        return log_z[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, weight, log_z, *mean = ctx.saved_tensors
+        d_weight, grad = None, grad[:, None]
+        d_hidden = [(m * grad).to(ctx.dtypes[0]) for m in mean]
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=ctx.dtypes[1])
+            chunks = LogPartition.exp_logits(hidden, weight, ctx.chunk)
+            for (rows, exp, buffer, top), z, g in zip(
+                    chunks, log_z.split(ctx.chunk), grad.split(ctx.chunk), strict=True):
+                d_weight += torch.mm(buffer.copy_(exp.mul_(g * (top - z).exp())).T, rows)
+        return d_hidden[0] if d_hidden else None, d_weight, None
 
 
 def response_logp(hidden: Tensor, weight: Tensor, targets: Tensor, response: Tensor,
@@ -102,13 +150,8 @@ def response_logp(hidden: Tensor, weight: Tensor, targets: Tensor, response: Ten
     tensor([0.3750, 0.2500])
     """
     precise = torch.promote_types(hidden.dtype, torch.float32)
-
-    def log_partition(hidden: Tensor) -> Tensor:
-        return F.linear(hidden, weight).to(precise).logsumexp(-1)
-
     target = (hidden.to(precise) * F.embedding(targets, weight).to(precise)).sum(-1)  # (M,) logits
-    logp = target - torch.cat([checkpoint(log_partition, part, use_reentrant=False)
-                               for part in hidden.split(chunk)])
+    logp = target - LogPartition.apply(hidden, weight, chunk)
     return logp.new_zeros(responses).index_add(0, response, logp)
 
 
@@ -121,9 +164,9 @@ def dpo_objective(reference: Tensor, beta: float, variant: str = "sigmoid",
                   label_smoothing: float = 0.0, sft_coef: float = 0.0) -> Objective:
     """The objective of DPO, with the metrics' names of the field.
 
-    reference (pairs, 2): the reference's logp of every pair's chosen and rejected response. sft_coef
-    adds that times sft_objective of the chosen response (Pang et al. 2024, arXiv:2404.19733,
-    equation 1): the common cure for chosen responses that become less likely.
+    reference (pairs, 2): the reference's logp of every pair's chosen and rejected response.
+    sft_coef adds that times sft_objective of the chosen response (Pang et al. 2024,
+    arXiv:2404.19733, equation 1): the common cure for chosen responses that become less likely.
     """
     check_options(beta, variant, label_smoothing)
 
@@ -175,7 +218,10 @@ def add(sums: dict[str, float], more: dict[str, float]) -> dict[str, float]:
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
-    """From what train_step and val_step return, added up, to means over the pairs of all processes."""
+    """Of what train_step and val_step return, added up: means over the pairs of all processes.
+
+    The gradient's norm is a mean over updates. Nothing but skipped updates has no means: {}.
+    """
     sums = dict(zip(sums, total(list(sums.values())), strict=True))
     pairs, updates = max(1, sums.get("pairs", 0)), max(1, sums.get("updates", 0))
     return {key: value / (updates if key == "grad_norm" else pairs) for key, value in sums.items()
@@ -189,15 +235,15 @@ def train_step(policy: Callable, micro_batches: list, optimizer: torch.optim.Opt
 
     Returns sums over this process's pairs: each metric, "pairs", "tokens"; and of the update:
     "updates" 1 and "grad_norm", before it was clipped to max_norm. A gradient that is not finite
-    makes no update and returns "skipped" 1 alone.
+    makes no update, as does such a loss, and "skipped" 1 is returned alone.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     (pairs,), sums = total([float(sum(len(batch.pairs) for batch in micro_batches))]), {}
     world = dist.get_world_size() if dist.is_initialized() else 1
     for i, batch in enumerate(micro_batches):
-        more = hasattr(policy, "no_sync") and i < len(micro_batches) - 1  # DDP: reduce once, at the end
-        with policy.no_sync() if more else nullcontext():
+        more = hasattr(policy, "no_sync") and i < len(micro_batches) - 1
+        with policy.no_sync() if more else nullcontext():  # DDP: reduce once, at the end
             with autocast():
                 logp = policy(batch)
             metrics = objective(logp, batch)
@@ -206,7 +252,7 @@ def train_step(policy: Callable, micro_batches: list, optimizer: torch.optim.Opt
         sums = add(sums, _sums(metrics, batch))
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
-    if math.isfinite(norm):
+    if math.isfinite(norm) and math.isfinite(*total([sums["loss"]])):  # all processes agree
         scaler.step(optimizer)
         sums |= {"updates": 1, "grad_norm": norm}
     else:
@@ -249,19 +295,24 @@ def reference_logp(policy: Callable, batches: Iterable, pairs: int,
 
 def check_start(policy: Callable, batch: object, reference: Tensor, beta: float,
                 autocast: Context, tolerance: float) -> None:
-    """Before DPO's first update the policy is the reference: all rewards are 0 and the loss is ln 2.
+    """Before DPO's first update the policy is the reference: rewards are 0 and the loss is ln 2.
 
-    reference (pairs, 2): see reference_logp. What is left is rounding, which differs between `batch`
-    and the batches of the reference's pass. Raises ValueError where it is `tolerance` or more.
+    reference (pairs, 2): see reference_logp. What is left is rounding, which differs between
+    `batch` and the batches of the reference's pass. Raises ValueError where the mean loss or a mean
+    reward over `batch` is off by `tolerance` or more.
     """
     start = means(val_step(policy, batch, dpo_objective(reference, beta), autocast))
-    found = (f"loss {start['loss']:.7f}, mean rewards {start['rewards/chosen']:+.1e} and "
-             f"{start['rewards/rejected']:+.1e}; expected {math.log(2):.7f} and 0 within {tolerance:.0e}")
-    off = [start["loss"] - math.log(2), start["rewards/chosen"], start["rewards/rejected"]]
-    if not max(map(abs, off)) < tolerance:
-        raise ValueError(f"before DPO: {found}: the policy is not its reference; look for dropout, a "
-                         f"stale reference, an adapter that changes the model at once, a wrong mask")
+    loss, chosen, rejected = (start[k] for k in ("loss", "rewards/chosen", "rewards/rejected"))
+    found = (f"loss {loss:.7f}, mean rewards {chosen:+.1e} and {rejected:+.1e}; "
+             f"expected {math.log(2):.7f} and 0 within {tolerance:.0e}")
+    if not all(abs(off) < tolerance for off in (loss - math.log(2), chosen, rejected)):
+        raise ValueError(f"before DPO: {found}: the policy is not its reference; look for dropout, "
+                         f"a stale reference, an adapter that changes the model, a wrong mask")
     print(f"start  {found}", flush=True)
+
+
+START = {"step": 0, "best": math.inf, "best_step": 0, "best_at": "", "not_better": 0, "skipped": 0,
+         "skipped_in_row": 0, "window": {}}  # fit's state; window: sums since the last line
 
 
 def fit(policy: Callable, optimizer: torch.optim.Optimizer, objective: Objective,
@@ -274,16 +325,14 @@ def fit(policy: Callable, optimizer: torch.optim.Optimizer, objective: Objective
     """Train for `steps` updates, or until `patience` validations in a row brought no lower loss.
 
     train(step) gives the micro-batches of update `step`, then of the next, without end; validate()
-    the means over the validation set; rate(step) the learning rate. log(kind, step, values) takes
-    "train" (means over the pairs since its last call) and "val". save(kind, state) stores "best"
-    (a lower validation loss than any before, the first being that of step 0) and "last" (at each
-    validation, every save_every steps, and when interrupted() says so, before KeyboardInterrupt) and
-    returns where. With the state of a "last", and model, optimizer and scaler as they were, the run
-    goes on as if it had not stopped. Returns the last state. Raises FloatingPointError after
-    max_skipped updates in a row without a finite gradient.
+    means, "loss" among them; rate(step) the learning rate. log(kind, step, values) takes "train"
+    (means over the pairs since its last call) and "val". save(kind, state) stores and says where:
+    "best", at step 0 and where the validation loss is the lowest so far; "last", at each
+    validation, every save_every steps, and before KeyboardInterrupt, once interrupted() is true.
+    From the state of a "last", with model, optimizer and scaler as they were, the run goes on as if
+    it had not stopped. Returns the state. FloatingPointError after max_skipped skips in a row.
     """
-    state = dict(state or {"step": 0, "best": math.inf, "best_step": 0, "best_at": "", "not_better": 0,
-                           "skipped": 0, "skipped_in_row": 0, "window": {}})
+    fresh, state = not state, dict(state or START)
 
     def validation() -> None:
         values = validate()
@@ -292,15 +341,15 @@ def fit(policy: Callable, optimizer: torch.optim.Optimizer, objective: Objective
             state["best_at"] = save("best", state)
         else:
             state["not_better"] += 1
-        log("val", state["step"], values | {"best": state["best"], "best_step": state["best_step"]})
+        log("val", state["step"], values | {k: state[k] for k in ("best", "best_step")})
         save("last", state)
 
-    if state["step"] == 0:
+    if fresh:
         validation()
     first, start, updates = state["step"], time.perf_counter(), train(state["step"])
-    clock = start
+    tokens, seconds = 0.0, 0.0  # in training alone, since the last line or the start
     while state["step"] < steps and state["not_better"] < patience:
-        lr = rate(state["step"])
+        begun, lr = time.perf_counter(), rate(state["step"])
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = train_step(policy, next(updates), optimizer, objective, max_norm, autocast, scaler)
@@ -308,20 +357,22 @@ def fit(policy: Callable, optimizer: torch.optim.Optimizer, objective: Objective
         state["skipped"] += sums.get("skipped", 0)
         state["skipped_in_row"] = state["skipped_in_row"] + 1 if "skipped" in sums else 0
         if state["skipped_in_row"] == max_skipped:
-            raise FloatingPointError(f"no finite gradient in {max_skipped} updates up to {state['step']}; the "
-                                     f"last good checkpoint is {state['best_at']}; try a lower rate")
+            raise FloatingPointError(
+                f"{max_skipped} updates in a row, up to {state['step']}, had no finite gradient; "
+                f"the last good checkpoint: {state['best_at'] or 'none'}; try a lower rate")
+        now, tokens = time.perf_counter(), tokens + sums.get("tokens", 0.0)
+        seconds += now - begun
         if state["step"] % log_every == 0 or state["step"] == steps:
-            now, tokens = time.perf_counter(), total([state["window"].get("tokens", 0.0)])[0]
             left = (now - start) / (state["step"] - first) * (steps - state["step"])
             log("train", state["step"], means(state["window"]) | {
-                "lr": lr, "skipped": state["skipped"], "tokens_per_second": tokens / (now - clock),
-                "seconds_left": left})
-            state["window"], clock = {}, now
+                "lr": lr, "skipped": state["skipped"], "seconds_left": left,
+                "tokens_per_second": total([tokens])[0] / seconds})
+            state["window"], tokens, seconds = {}, 0.0, 0.0
         if state["step"] % val_every == 0 or state["step"] == steps:
             validation()
         elif state["step"] % save_every == 0:
             save("last", state)
-        if interrupted():
+        if any(total([float(interrupted())])):  # all processes stop at the same step
             save("last", state)
             raise KeyboardInterrupt
     return state
