@@ -125,7 +125,7 @@ def split(pairs: list[Pair], test: list[Pair], share: float) -> tuple[dict[str, 
     A pair goes to val by the hash of its prompt (about `share` of them), so equal prompts are never
     in two parts, in whatever order and on whatever machine. Without `test`, another share is it.
     """
-    parts, dropped = {"train": [], "val": [], "test": list(test)}, Counter()
+    parts, dropped = {"train": [], "val": [], "test": list(test)}, Counter({"prompt is in test": 0})
     held_out = {pair.prompt for pair in test}
     limit = share if test else 2 * share
     for pair in pairs:

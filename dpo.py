@@ -138,7 +138,7 @@ def response_logp(hidden: Tensor, weight: Tensor, targets: Tensor, response: Ten
     hidden (M, C): what the model's head reads at the M tokens before a response's tokens; weight
     (V, C): the head's, so that logits are hidden @ weight.T. targets (M,) int64: the tokens that
     came; response (M,) int64: whose they are. No other token's logits are computed, and those of
-    `chunk` tokens at a time: for the gradient they are computed anew.
+    `chunk` tokens at a time.
 
     Sums over tokens, and the logits of the targets, are float32 at least, also under autocast:
     bf16 numbers near 100, where GPT-2's logits lie, are 0.5 apart, and near 200 they are 1 apart.

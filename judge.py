@@ -166,7 +166,7 @@ class Judge:
         if got.status_code in (400, 413, 422):  # this question alone may be too long
             return {"raw": "", "letter": None, "margin": None, "why": f"refused: {text:.300}"}
         raise OSError(f"{self.url} answered {got.status_code}: {text:.300}; verdicts are kept; 404:"
-                      f" see --judge, `ollama pull {self.model}`; 401 JUDGE_API_KEY; 200 --logprobs")
+                      f" --judge, `ollama pull {self.model}`; 401 JUDGE_API_KEY, 200 --logprobs")
 
     def read(self, body: dict) -> dict:
         """What the log keeps of a chat completion; with log-probabilities, the likelier letter."""

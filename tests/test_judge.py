@@ -283,6 +283,7 @@ def test_an_oracle_wins_all_and_an_answer_is_compared_with_four_others(run, serv
     assert row(text, "") == ["chosen/rejected", "tuned/chosen", "tuned/sft", "tuned/untuned"]
     assert row(text, "rate")[:2] == ["1", "0"] and row(text, "people rate") == ["1"] * 4
     assert row(text, "flip")[:2] == ["0", "0"] and len(server.questions()) == 2 * 4 * 6
+    assert row(text, "longer won")[0] == "0"  # "rejected" is the longer word
     assert "coin" not in text
     report = (run.results / "report.md").read_text()
     assert row(report, "rate") == row(text, "rate") and report.count("chosen answer") == 6
@@ -487,9 +488,11 @@ def test_answers_are_the_models_own_and_end_at_the_next_human_turn(run, server, 
     def generate(model, prompts, max_tokens, temperature, seed, stop):
         assert stop(encoding.encode(" Yes.\n\nHuman:"))
         assert not stop(encoding.encode(" Yes.\n\nHuman"))
-        assert all(len(ids) <= 20 for ids in prompts) and (max_tokens, temperature) == (9, 1.0)
+        ends = {tuple(encoding.encode("?\n\nAssistant:"))}
+        assert {tuple(ids) for ids in prompts} == ends and (max_tokens, temperature) == (9, 1.0)
         return [texts[i % 3] for i in range(len(prompts))]
     monkeypatch.setattr(judge, "generate", generate)
+    run.write(max_prompt_tokens=len(encoding.encode("?\n\nAssistant:")))  # cut from the left
     assert run.judge(server.url) == 0
     lines = [json.loads(line) for line in (run.results / "answers.jsonl").read_text().splitlines()]
     assert [(x["text"], x["end"]) for x in lines[:3]] == [
@@ -517,6 +520,16 @@ def test_without_sft_the_reference_is_the_untuned_model(run, server, capsys, wei
     text = capsys.readouterr().out
     assert row(text, "tie") == ["0", "0", "6"] and "tuned/sft" not in text.replace(" ", "")
     assert "0" in row(text, "KL to untuned") and len(server.questions()) == 2 * 2 * 6
+
+
+def test_the_distance_is_that_of_the_tuned_models_own_answers_to_sft(run, server, capsys, load):
+    """The mean over its answers of log p under the tuned model less log p under SFT."""
+    assert run.judge(server.url) == 0
+    lines = [json.loads(line) for line in (run.results / "answers.jsonl").open()]
+    tuned, sft = load(run.out / "best"), load(run.out / "sft")
+    kl = np.mean([judge.answer_logp(tuned, line) - judge.answer_logp(sft, line) for line in lines
+                  if line["model"] == "tuned"])
+    assert row(capsys.readouterr().out, "KL to sft")[2] == f"{kl:.3g}"
 
 
 def test_own_pairs_are_judged_on_their_test_part(run, server, tmp_path):
