@@ -1,6 +1,6 @@
 """The DPO loss, and the loop that trains a model with it.
 
-Read in this order: VARIANTS and dpo_loss (equation 7), response_logp (what goes into it), the two
+Read in this order: VARIANTS, dpo_loss (equation 7), response_logp (what goes into it), the two
 objectives, cosine_lr, train_step, val_step, reference_logp, fit. Needs torch alone.
 
 A batch is any object with tokens (any shape), pairs (B,) int64: which pairs of the data set it

@@ -137,23 +137,30 @@ class Run:
         """Begin the folder, or find what to go on from. ValueError for another run's folder."""
         path, options = self.folder / "config.json", asdict(self.config) | {"resume": False}
         if path.exists():
-            begun = json.loads(path.read_text())["options"]
-            other = [f"--{k} {begun.get(k)}, not {options[k]}" for k in options
-                     if begun.get(k) != options[k]]
-            if other or not self.config.resume:
-                raise ValueError(f"{self.folder} holds a run {'; '.join(other)}: use --resume"
-                                 f" with its options, or another --out")
+            begun = json.loads(path.read_text()).get("options", {})
+            other = [f"--{name} {value}, not {options.get(name)}" for name, value in begun.items()
+                     if value != options.get(name)]
+            if other or not begun or not self.config.resume:
+                what = f"a run {'; '.join(other)}" if begun else "something that is no run"
+                raise ValueError(f"{self.folder} holds {what}: expected --resume and options that "
+                                 f"a run began with, or another --out")
             if (last := self.folder / "last.pt").exists():
                 self.saved = torch.load(last, map_location="cpu", weights_only=True)
+        if self.saved and self.rank:  # the window's sums are all processes': the first has them
+            self.saved["state"]["window"] = dict.fromkeys(self.saved["state"]["window"], 0.0)
         self.wait()  # no process writes before all have looked
-        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-                             capture_output=True, text=True)
+        try:
+            commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+                                    capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git here
+            commit = ""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics = open(os.devnull if self.rank else self.folder / "metrics.jsonl", "ab")
         if self.rank == 0:
             self.metrics.truncate(self.saved["metrics_bytes"] if self.saved else 0)
+            self.metrics.seek(0, os.SEEK_END)  # what a kill left behind the last save is gone
             versions = {"python": platform.python_version(), "torch": torch.__version__,
-                        "commit": git.stdout.strip()}
+                        "commit": commit}
             path.with_suffix(".part").write_text(json.dumps(
                 {"options": options, "audit": audit, "versions": versions}, indent=1))
             path.with_suffix(".part").replace(path)
@@ -180,6 +187,8 @@ class Run:
              kind: str, state: dict) -> str:
         """The best weights to the folder sft or best; all that a resumed run needs to last.pt."""
         path = self.folder / ("last.pt" if kind == "last" else "sft" if stage == "sft" else "best")
+        window = state["window"]
+        state = state | {"window": dict(zip(window, dpo.total(list(window.values())), strict=True))}
         if kind == "best" and self.rank == 0:
             save_pretrained(model, path)
         elif self.rank == 0:
@@ -334,7 +343,8 @@ def draw_curves(folder: Path) -> None:
     names = ("loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
     for axis, name in zip(axes, names, strict=True):
         for kind in ("train", "val"):
-            dots = [(r["step"], r[name]) for r in rows if (r["stage"], r["kind"]) == ("dpo", kind)]
+            dots = [(r["step"], r[name]) for r in rows
+                    if (r["stage"], r["kind"]) == ("dpo", kind) and name in r]
             axis.plot(*zip(*dots, strict=True), label=kind)
         axis.set(title=name, xlabel="updates of DPO")
         axis.legend()
@@ -415,7 +425,7 @@ def main(argv: list[str] | None = None) -> int:
                 sys.stdout = open(os.devnull, "w")
         return run(config)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error  {error}", file=sys.stderr)
+        print("error ", *str(error).split(), file=sys.stderr)  # torch's have several lines
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command with --resume goes on", file=sys.stderr)

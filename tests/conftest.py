@@ -32,4 +32,4 @@ def pytest_configure(config):
     # The same examples each time, however busy the machine: a failure can be run again.
     hypothesis.settings.register_profile("project", deadline=None, derandomize=True, database=None)
     hypothesis.settings.load_profile("project")
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # tiny tensors: more threads only wait
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
