@@ -193,7 +193,7 @@ def test_without_a_test_set_a_second_share_of_prompts_becomes_it():
     """Digests of 5 and 9 begin 62ce and 7be1, 0.39 and 0.48: between one share and two."""
     parts, dropped = split(asked(*range(12)), [], 0.25)
     assert parts == {"train": asked(0, 2, 4, 8, 11), "val": asked(1, 3, 6, 7, 10),
-                     "test": asked(5, 9)} and not dropped
+                     "test": asked(5, 9)} and not dropped.total()
 
 
 def test_a_prompt_in_test_is_counted_and_kept_out_of_train_and_val():
