@@ -202,14 +202,14 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     return peak * (final + (1 - final) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 
-def total(values: list[float]) -> list[float]:
-    """The sums of these numbers over all processes."""
+def total(sums: dict[str, float]) -> dict[str, float]:
+    """These, summed over all processes; all have the same keys in the same order."""
     if not dist.is_initialized():
-        return values
+        return sums
     device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    tensor = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
-    return tensor.tolist()
+    return dict(zip(sums, tensor.tolist(), strict=True))
 
 
 def add(sums: dict[str, float], more: dict[str, float]) -> dict[str, float]:
@@ -218,14 +218,13 @@ def add(sums: dict[str, float], more: dict[str, float]) -> dict[str, float]:
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
-    """Of what train_step and val_step return, added up: means over the pairs of all processes.
+    """Means over pairs of what train_step and val_step return, added up.
 
-    The gradient's norm is a mean over updates. Nothing but skipped updates has no means: {}.
+    The gradient's norm and the rate are means over updates. Skipped updates alone have none: {}.
     """
-    sums = dict(zip(sums, total(list(sums.values())), strict=True))
     pairs, updates = max(1, sums.get("pairs", 0)), max(1, sums.get("updates", 0))
-    return {key: value / (updates if key == "grad_norm" else pairs) for key, value in sums.items()
-            if key not in ("pairs", "tokens", "updates", "skipped")}
+    return {key: value / (updates if key in ("grad_norm", "lr") else pairs)
+            for key, value in sums.items() if key not in ("pairs", "tokens", "updates", "skipped")}
 
 
 def train_step(policy: Callable, micro_batches: list, optimizer: torch.optim.Optimizer,
@@ -233,13 +232,14 @@ def train_step(policy: Callable, micro_batches: list, optimizer: torch.optim.Opt
                scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
     """One update from the mean gradient over the pairs of all micro-batches, of all processes.
 
-    Returns sums over this process's pairs: each metric, "pairs", "tokens"; and of the update:
-    "updates" 1 and "grad_norm", before it was clipped to max_norm. A gradient that is not finite
-    makes no update, as does such a loss, and "skipped" 1 is returned alone.
+    Returns sums over these pairs: each metric, "pairs", "tokens"; and of the update: "updates" 1,
+    "lr", and "grad_norm", before it was clipped to max_norm. A gradient that is not finite makes no
+    update, as does such a loss, and "skipped" 1 is returned alone.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    (pairs,), sums = total([float(sum(len(batch.pairs) for batch in micro_batches))]), {}
+    pairs = total({"pairs": sum(len(batch.pairs) for batch in micro_batches)})["pairs"]
+    sums: dict[str, float] = {}
     world = dist.get_world_size() if dist.is_initialized() else 1
     for i, batch in enumerate(micro_batches):
         more = hasattr(policy, "no_sync") and i < len(micro_batches) - 1
@@ -252,9 +252,10 @@ def train_step(policy: Callable, micro_batches: list, optimizer: torch.optim.Opt
         sums = add(sums, _sums(metrics, batch))
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
-    if math.isfinite(norm) and math.isfinite(*total([sums["loss"]])):  # all processes agree
+    sums = total(sums)
+    if math.isfinite(norm) and math.isfinite(sums["loss"]):  # the same in all processes
         scaler.step(optimizer)
-        sums |= {"updates": 1, "grad_norm": norm}
+        sums |= {"updates": 1, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
     else:
         sums = {"skipped": 1}
     scaler.update()
@@ -290,7 +291,7 @@ def reference_logp(policy: Callable, batches: Iterable, pairs: int,
     for batch in batches:
         with autocast():
             table[batch.pairs.cpu()] = policy(batch).float().view(2, -1).T.cpu()
-    return torch.tensor(total(table.flatten().tolist())).view(pairs, 2)
+    return torch.tensor([*total(dict(enumerate(table.flatten().tolist()))).values()]).view(pairs, 2)
 
 
 def check_start(policy: Callable, batch: object, reference: Tensor, beta: float,
@@ -315,64 +316,53 @@ START = {"step": 0, "best": math.inf, "best_step": 0, "best_at": "", "not_better
          "skipped_in_row": 0, "window": {}}  # fit's state; window: sums since the last line
 
 
-def fit(policy: Callable, optimizer: torch.optim.Optimizer, objective: Objective,
-        train: Callable[[int], Iterator[list]], validate: Callable[[], dict[str, float]], *,
-        steps: int, rate: Callable[[int], float], val_every: int, patience: int, log_every: int,
-        save_every: int, log: Callable[[str, int, dict], None], save: Callable[[str, dict], str],
-        state: dict | None = None, interrupted: Callable[[], bool] = lambda: False,
-        max_norm: float = 1.0, autocast: Context = nullcontext,
-        scaler: torch.amp.GradScaler | None = None, max_skipped: int = 20) -> dict:
-    """Train for `steps` updates, or until `patience` validations in a row brought no lower loss.
+def fit(update: Callable[[int], dict[str, float]], validate: Callable[[], dict[str, float]],
+        log: Callable[[str, int, dict], None], save: Callable[[str, dict], str], *, steps: int,
+        val_every: int, patience: int, log_every: int, save_every: int, state: dict | None = None,
+        max_skipped: int = 20) -> dict:
+    """Make `steps` updates, or until `patience` validations in a row brought no lower loss.
 
-    train(step) gives the micro-batches of update `step`, then of the next, without end; validate()
-    means, "loss" among them; rate(step) the learning rate. log(kind, step, values) takes "train"
-    (means over the pairs since its last call) and "val". save(kind, state) stores and says where:
-    "best", at step 0 and where the validation loss is the lowest so far; "last", at each
-    validation, every save_every steps, and before KeyboardInterrupt, once interrupted() is true.
-    From the state of a "last", with model, optimizer and scaler as they were, the run goes on as if
-    it had not stopped. Returns the state. FloatingPointError after max_skipped skips in a row.
+    update(step) makes one and gives train_step's sums; validate() means, "loss" among them. log
+    takes "train" (means since its last call) and "val". save(kind, state) stores and says where:
+    "best", at step 0 and where the validation loss is the lowest so far; "last", at each validation
+    and every save_every steps. From the state of a "last", with all that update uses as it was, the
+    run goes on as if it had not stopped. Returns the state. FloatingPointError after max_skipped
+    skips in a row.
     """
     fresh, state = not state, dict(state or START)
 
     def validation() -> None:
-        values = validate()
+        values, step = validate(), state["step"]
         if values["loss"] < state["best"]:
-            state.update(best=values["loss"], best_step=state["step"], not_better=0)
+            state.update(best=values["loss"], best_step=step, not_better=0)
             state["best_at"] = save("best", state)
         else:
             state["not_better"] += 1
-        log("val", state["step"], values | {k: state[k] for k in ("best", "best_step")})
+        log("val", step, values | {k: state[k] for k in ("best", "best_step")})
         save("last", state)
 
     if fresh:
         validation()
-    first, start, updates = state["step"], time.perf_counter(), train(state["step"])
-    tokens, seconds = 0.0, 0.0  # in training alone, since the last line or the start
+    first, start, tokens, seconds = state["step"], time.perf_counter(), 0.0, 0.0
     while state["step"] < steps and state["not_better"] < patience:
-        begun, lr = time.perf_counter(), rate(state["step"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        sums = train_step(policy, next(updates), optimizer, objective, max_norm, autocast, scaler)
-        state["step"], state["window"] = state["step"] + 1, add(state["window"], sums)
-        state["skipped"] += sums.get("skipped", 0)
-        state["skipped_in_row"] = state["skipped_in_row"] + 1 if "skipped" in sums else 0
+        begun, sums = time.perf_counter(), update(state["step"])
+        seconds += time.perf_counter() - begun  # in updates alone, as are the tokens
+        tokens, step = tokens + sums.get("tokens", 0.0), state["step"] + 1
+        state |= {"step": step, "window": add(state["window"], sums),
+                  "skipped": state["skipped"] + sums.get("skipped", 0),
+                  "skipped_in_row": state["skipped_in_row"] + 1 if "skipped" in sums else 0}
         if state["skipped_in_row"] == max_skipped:
             raise FloatingPointError(
-                f"{max_skipped} updates in a row, up to {state['step']}, had no finite gradient; "
-                f"the last good checkpoint: {state['best_at'] or 'none'}; try a lower rate")
-        now, tokens = time.perf_counter(), tokens + sums.get("tokens", 0.0)
-        seconds += now - begun
-        if state["step"] % log_every == 0 or state["step"] == steps:
-            left = (now - start) / (state["step"] - first) * (steps - state["step"])
-            log("train", state["step"], means(state["window"]) | {
-                "lr": lr, "skipped": state["skipped"], "seconds_left": left,
-                "tokens_per_second": total([tokens])[0] / seconds})
+                f"{max_skipped} updates in a row, up to {step}, had no finite gradient; the last "
+                f"good checkpoint: {state['best_at'] or 'none'}; try a lower rate")
+        if step % log_every == 0 or step == steps:
+            left = (time.perf_counter() - start) / (step - first) * (steps - step)
+            log("train", step, means(state["window"]) | {
+                "skipped": state["skipped"], "seconds_left": left,
+                "tokens_per_second": tokens / seconds})
             state["window"], tokens, seconds = {}, 0.0, 0.0
-        if state["step"] % val_every == 0 or state["step"] == steps:
+        if step % val_every == 0 or step == steps:
             validation()
-        elif state["step"] % save_every == 0:
+        elif step % save_every == 0:
             save("last", state)
-        if any(total([float(interrupted())])):  # all processes stop at the same step
-            save("last", state)
-            raise KeyboardInterrupt
     return state

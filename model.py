@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M, 1.6B parameters
+KINDS, INITS = ("parallel", "replace", "none"), ("scratch", "pretrained")  # see add_adapters
 
 
 @dataclass(frozen=True)
@@ -245,11 +246,10 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64, init: str
     the old one, random (init "scratch") or of its strongest neurons on text that the model writes
     ("pretrained"); all weights train, as they do with "none". Raises ValueError for anything else.
     """
-    c, kinds, inits = model.config, ("none", "parallel", "replace"), ("scratch", "pretrained")
-    if (kind not in kinds or init not in inits
-            or not (1 <= width <= c.n_inner and 0 <= layers <= c.n_layer)):
+    c, sizes = model.config, 1 <= width <= model.config.n_inner and 0 <= layers <= len(model.h)
+    if kind not in KINDS or init not in INITS or not sizes:
         raise ValueError(f"adapters {kind}, {init}, width {width}, {layers} layers: expected "
-                         f"{kinds}, {inits}, 1 to {c.n_inner}, 0 to {c.n_layer}")
+                         f"{KINDS}, {INITS}, 1 to {c.n_inner}, 0 to {c.n_layer}")
     if pretrained := (kind, init) == ("replace", "pretrained"):
         starts, length = [[c.vocab_size - 1]] * 64, min(128, c.n_positions)
         text = generate(model, starts, length - 1, end_token=-1)

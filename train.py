@@ -5,16 +5,17 @@ run writes and prints), train_stage, the demo's world, run (the whole job).
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
 import platform
 import random
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,10 @@ import dpo
 from model import GPT2, NAMES, GPT2Config, Rows, add_adapters, generate, save_pretrained
 
 EVAL_PAIRS = 64  # in a batch of the passes without gradients
+SHOWN = {"loss": ("loss", ".4f"), "rewards/margins": ("margin", "+.3f"), "lr": ("lr", ".1e"),
+         "rewards/accuracies": ("accuracy", ".3f"), "tokens_per_second": ("tok/s", ",.0f"),
+         "best": ("best", ".4f"), "best_step": ("at", ""), "seconds_left": ("seconds left", ".0f")}
+CURVES = ("loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
 
 
 def option(default, help: str, *choices: str):
@@ -46,15 +51,15 @@ class Config:
     resume: bool = option(False, "go on where the run in the folder stopped, if there is one")
     demo: bool = option(False, "a tiny model on made-up pairs; needs no download")
     seed: int = option(0, "of the order of the pairs and of new weights")
-    dtype: str = option("auto", "of matrix products; auto: the fastest that the machine has",
-                        "auto", "float32", "bfloat16", "float16")
+    dtype: str = option("auto", "of matrix products", "auto", "float32", "bfloat16", "float16")
+    compile: bool = option(False, "compile the model; the first updates take minutes")
     max_tokens: int = option(512, "of a prompt and one answer; a longer answer is cut")
     max_prompt_tokens: int = option(256, "of a prompt; a longer one is cut from the left")
     val_share: float = option(0.1, "of the training prompts, kept for validation")
-    adapter: str = option("parallel", "a small MLP beside each frozen one, or instead; or none",
+    adapter: str = option("parallel", "small MLPs beside the frozen ones, or for them, or none",
                           "parallel", "replace", "none")
     adapter_width: int = option(64, "neurons of an adapter")
-    adapter_init: str = option("scratch", "a replacing MLP: random, or of the old one's neurons",
+    adapter_init: str = option("scratch", "of replace: random, or the MLP's strongest neurons",
                                "scratch", "pretrained")
     adapter_layers: int = option(0, "how many of the upper layers have adapters; 0: all")
     beta: float = option(0.1, "pull towards the reference; the paper: 0.1, on TL;DR 0.5")
@@ -82,6 +87,8 @@ class Config:
             if f.type in (int, float) and not (0 <= value < most and (value or f.name in may_be_0)):
                 raise ValueError(f"--{f.name} is {value}, expected {least} and below {most}")
         dpo.check_options(self.beta, self.loss, self.label_smoothing)
+        if self.adapter_init != "scratch" and self.adapter != "replace":
+            raise ValueError("--adapter_init pretrained: expected with --adapter replace alone")
 
 
 DEMO = {"out": "out/demo", "dtype": "float32", "max_tokens": 100, "max_prompt_tokens": 60,
@@ -118,9 +125,9 @@ class Policy(nn.Module):
 class Run:
     """Where a run computes, what it leaves and prints (of several processes only the first)."""
     def __init__(self, config: Config):
-        several = dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        self.config, self.folder, self.saved = config, Path(config.out), None
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.config, self.folder = config, Path(config.out)
+        self.saved = {"stage": "", "metrics_bytes": 0}  # what last.pt holds, once it is opened
         device, auto = "mps" if torch.backends.mps.is_available() else "cpu", "float32"
         if torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -139,30 +146,26 @@ class Run:
         if path.exists():
             begun = json.loads(path.read_text()).get("options", {})
             other = [f"--{name} {value}, not {options.get(name)}" for name, value in begun.items()
-                     if value != options.get(name)]
+                     if value != options.get(name) and name != "out"]  # it may have been moved
             if other or not begun or not self.config.resume:
                 what = f"a run {'; '.join(other)}" if begun else "something that is no run"
                 raise ValueError(f"{self.folder} holds {what}: expected --resume and options that "
                                  f"a run began with, or another --out")
             if (last := self.folder / "last.pt").exists():
                 self.saved = torch.load(last, map_location="cpu", weights_only=True)
-        if self.saved and self.rank:  # the window's sums are all processes': the first has them
-            self.saved["state"]["window"] = dict.fromkeys(self.saved["state"]["window"], 0.0)
         self.wait()  # no process writes before all have looked
-        try:
-            commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-                                    capture_output=True, text=True).stdout.strip()
-        except OSError:  # no git here
-            commit = ""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics = open(os.devnull if self.rank else self.folder / "metrics.jsonl", "ab")
         if self.rank == 0:
-            self.metrics.truncate(self.saved["metrics_bytes"] if self.saved else 0)
+            self.metrics.truncate(self.saved["metrics_bytes"])
             self.metrics.seek(0, os.SEEK_END)  # what a kill left behind the last save is gone
-            versions = {"python": platform.python_version(), "torch": torch.__version__,
-                        "commit": commit}
-            path.with_suffix(".part").write_text(json.dumps(
-                {"options": options, "audit": audit, "versions": versions}, indent=1))
+            versions = {"python": platform.python_version(), "torch": torch.__version__}
+            with suppress(OSError):  # no git here
+                git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                     capture_output=True, text=True)
+                versions["commit"] = git.stdout.strip()
+            text = json.dumps({"options": options, "audit": audit, "versions": versions}, indent=1)
+            path.with_suffix(".part").write_text(text)
             path.with_suffix(".part").replace(path)
 
     def wait(self) -> None:
@@ -174,21 +177,15 @@ class Run:
         line = {"kind": kind, "stage": stage, "step": step} | values
         self.metrics.write(json.dumps(line).encode() + b"\n")
         self.metrics.flush()
-        print(f"{'step' if kind == 'train' else kind:6} {stage} {step}/{steps}", end="")
-        for name, key, form in (
-                ("loss", "loss", ".4f"), ("margin", "rewards/margins", "+.3f"), ("lr", "lr", ".1e"),
-                ("accuracy", "rewards/accuracies", ".3f"), ("tok/s", "tokens_per_second", ",.0f"),
-                ("best", "best", ".4f"), ("at", "best_step", ""), ("left", "seconds_left", ".0f")):
-            if key in values:
-                print(f" | {name} {values[key]:{form}}", end="s" if key == "seconds_left" else "")
-        print(flush=True)
+        shown = [f"{name} {values[key]:{form}}" for key, (name, form) in SHOWN.items()
+                 if key in values]
+        print(f"{'step' if kind == 'train' else kind:6} {stage} {step}/{steps}", *shown, sep=" | ",
+              flush=True)
 
     def save(self, stage: str, model: GPT2, optimizer: torch.optim.Optimizer, reference: dict,
              kind: str, state: dict) -> str:
         """The best weights to the folder sft or best; all that a resumed run needs to last.pt."""
         path = self.folder / ("last.pt" if kind == "last" else "sft" if stage == "sft" else "best")
-        window = state["window"]
-        state = state | {"window": dict(zip(window, dpo.total(list(window.values())), strict=True))}
         if kind == "best" and self.rank == 0:
             save_pretrained(model, path)
         elif self.rank == 0:
@@ -199,212 +196,198 @@ class Run:
             path.with_suffix(".part").replace(path)
         return str(path)
 
+    def batches(self, pairs: list[data.TokenPair], sides: tuple[str, ...]) -> Iterator[data.Batch]:
+        """This process's share of the pairs, by length, for a pass without gradients."""
+        for batch, in data.batches(pairs, EVAL_PAIRS, None, 0, 0, self.rank, self.world, 0, sides):
+            yield batch.to(self.device)
+
+    def objective(self, reference: Tensor) -> dpo.Objective:
+        """DPO's, for a part with these reference log-probabilities, (pairs, 2)."""
+        c = self.config
+        return dpo.dpo_objective(reference.to(self.device), c.beta, c.loss, c.label_smoothing,
+                                 c.sft_coef)
+
 
 def evaluate(policy: Policy, pairs: list[data.TokenPair], objective: dpo.Objective, run: Run,
              sides: tuple[str, ...] = data.SIDES) -> dict[str, float]:
     """Means of the objective over the pairs."""
     sums: dict[str, float] = {}
-    for batch, in data.batches(pairs, EVAL_PAIRS, None, 0, 0, run.rank, run.world, 0, sides):
-        sums = dpo.add(sums, dpo.val_step(policy, batch.to(run.device), objective, run.autocast))
-    return dpo.means(sums)
+    for batch in run.batches(pairs, sides):
+        sums = dpo.add(sums, dpo.val_step(policy, batch, objective, run.autocast))
+    return dpo.means(dpo.total(sums))
 
 
 def train_stage(stage: str, model: GPT2, parts: dict[str, list], reference: dict[str, Tensor],
                 run: Run) -> None:
     """SFT or DPO of `model`, in place, on parts["train"]; leaves the best weights in the folder."""
-    config, sft = run.config, stage == "sft"
-    sides, epochs, peak = data.SIDES, config.epochs, config.lr or (
-        1e-6 if config.adapter == "none" else 1e-4)
-    if sft:
-        sides, epochs, peak = ("chosen",), config.sft_epochs, config.sft_lr
-    objective = {part: dpo.sft_objective if sft else dpo.dpo_objective(
-        reference[part].to(run.device), config.beta, config.loss, config.label_smoothing,
-        config.sft_coef) for part in ("train", "val")}
-    an_epoch = math.ceil(len(parts["train"]) / config.batch_pairs)
-    steps = epochs * an_epoch
+    c, sides, epochs, peak = run.config, ("chosen",), run.config.sft_epochs, run.config.sft_lr
+    objective = dict.fromkeys(parts, dpo.sft_objective)
+    if stage == "dpo":
+        peak = c.lr or (1e-6 if c.adapter == "none" else 1e-4)
+        sides, epochs = data.SIDES, c.epochs
+        objective = {part: run.objective(table) for part, table in reference.items()}
+    an_epoch = math.ceil(len(parts["train"]) / c.batch_pairs)
+    steps, policy = epochs * an_epoch, Policy(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, policy = torch.optim.AdamW(trained, weight_decay=0.0, fused=True), Policy(model)
-    saved = run.saved if run.saved and run.saved["stage"] == stage else None
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
+    saved = run.saved if run.saved["stage"] == stage else {}
     if saved:
         model.load_state_dict(saved["model"], strict=False)  # frozen weights are in place already
         optimizer.load_state_dict(saved["optimizer"])
         run.scaler.load_state_dict(saved["scaler"])
+    done, skip = divmod(saved["state"]["step"] if saved else 0, an_epoch)
+    micro_batches = (batch for epoch in itertools.count(done) for batch in data.batches(
+        parts["train"], c.batch_pairs, c.seed, epoch, skip if epoch == done else 0, run.rank,
+        run.world, c.micro_pairs, sides))
+    learner = torch.compile(policy, dynamic=True) if c.compile else policy
+    if run.world > 1:
+        learner = nn.parallel.DistributedDataParallel(learner)
 
-    def train(step: int) -> Iterator[list[data.Batch]]:
-        while True:
-            epoch, start = divmod(step, an_epoch)
-            for batch in data.batches(parts["train"], config.batch_pairs, config.seed, epoch, start,
-                                      run.rank, run.world, config.micro_pairs, sides):
-                yield [micro.to(run.device) for micro in batch]
-            step = (epoch + 1) * an_epoch
+    def update(step: int) -> dict[str, float]:
+        for group in optimizer.param_groups:
+            group["lr"] = dpo.cosine_lr(step, peak, round(c.warmup_share * steps), steps)
+        return dpo.train_step(learner, [batch.to(run.device) for batch in next(micro_batches)],
+                              optimizer, objective["train"], c.max_norm, run.autocast, run.scaler)
 
-    signals: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _: signals.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        state = dpo.fit(
-            nn.parallel.DistributedDataParallel(policy) if run.world > 1 else policy, optimizer,
-            objective["train"], train,
-            lambda: evaluate(policy, parts["val"], objective["val"], run, sides), steps=steps,
-            rate=lambda step: dpo.cosine_lr(step, peak, round(config.warmup_share * steps), steps),
-            val_every=max(1, an_epoch // config.vals_per_epoch), patience=config.patience,
-            log_every=config.log_every, save_every=config.save_every,
-            log=partial(run.log, stage, steps),
-            save=partial(run.save, stage, model, optimizer, reference),
-            state=saved and saved["state"], interrupted=lambda: bool(signals),
-            max_norm=config.max_norm, autocast=run.autocast, scaler=run.scaler)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    why = "all updates" if state["step"] == steps else f"{config.patience} validations not lower"
+    state = dpo.fit(
+        update, lambda: evaluate(policy, parts["val"], objective["val"], run, sides),
+        partial(run.log, stage, steps), partial(run.save, stage, model, optimizer, reference),
+        steps=steps, val_every=max(1, an_epoch // c.vals_per_epoch), patience=c.patience,
+        log_every=c.log_every, save_every=c.save_every, state=saved.get("state"))
+    why = "all updates" if state["step"] == steps else f"{c.patience} validations not lower"
     print(f"stop   {stage} {state['step']}/{steps} | {why} | {state['skipped']} updates skipped | "
           f"best {state['best']:.4f} at {state['best_step']}: {state['best_at']}", flush=True)
     run.wait()  # the best weights are written
 
 
 # The demo's world. A prompt asks for a digit; an answer obeys the hidden rule when it is cheerful:
-# " 7!" and not " 7." Half of the demonstrations for SFT are. Preferences are drawn by Bradley-Terry
-# from a true reward, 4 for obeying and 0 for not: 1 label in 56 is wrong, DPO's optimum is finite.
-def demo_pairs(count: int, seed: int) -> tuple[list[data.Pair], list[data.Pair]]:
-    """Demonstrations for SFT, whose chosen answer is either, and preferences for DPO."""
-    rng, demonstrations, preferences = random.Random(seed), [], []
+# " 7!" and not " 7." People's labels are drawn by Bradley-Terry from a true reward, 4 for obeying
+# and 0 for not: 1 label in 56 is wrong, so DPO's optimum is finite.
+WELL_FORMED = re.compile(r" [0-9][!.]<\|endoftext\|>")
+
+
+def demo_pairs(count: int, seed: int) -> list[data.Pair]:
+    rng, pairs = random.Random(seed), []
+    verbs = "Name List Give Tell Find Pick Show Send Type Read".split()
+    kinds = "lucky short plain quiet small round happy pretty clever simple".split()
     for _ in range(count):
-        verb = rng.choice("Name List Give Tell Find Pick Show Send Type Read".split())
-        which = rng.choice("lucky short plain quiet small round happy pretty clever simple".split())
-        digit = rng.randint(0, 9)
-        good, bad = f" {digit}!", f" {digit}."
-        prompt = f"{data.HUMAN} {verb} a {which} digit.{data.ASSISTANT}"
-        demonstrations.append(data.Pair(prompt, *rng.sample([good, bad], 2)))
+        prompt = f"{data.HUMAN} {rng.choice(verbs)} a {rng.choice(kinds)} digit.{data.ASSISTANT}"
+        good, bad = (f" {digit}{mark}" for digit in [rng.randint(0, 9)] for mark in "!.")
         right = rng.random() < 1 / (1 + math.exp(-4))
-        preferences.append(data.Pair(prompt, *((good, bad) if right else (bad, good))))
-    return demonstrations, preferences
-
-
-def demo_verdict(answer: str) -> tuple[bool, bool]:
-    """Whether an answer obeys the rule, and whether it is well formed, to its end."""
-    formed = re.fullmatch(r" [0-9][!.]<\|endoftext\|>", answer)
-    return "!" in answer, bool(formed)
+        pairs.append(data.Pair(prompt, *((good, bad) if right else (bad, good))))
+    return pairs
 
 
 def show_demo(run: Run, encoding: tiktoken.Encoding, prompts: list[str]) -> int:
     """Sample and print answers before and after DPO; 0 if 95% of the latter are right, else 1."""
-    ids, answers, shares = [encoding.encode_ordinary(p) for p in prompts], [], []
-    for folder in ("sft", "best"):
+    ids = [encoding.encode_ordinary(p) for p in prompts]
+    for when, folder in (("before", "sft"), ("after", "best")):
         model = GPT2.from_pretrained(run.folder / folder).to(run.device)
         new = generate(model, ids, 30, end_token=encoding.eot_token, seed=run.config.seed)
-        answers.append([encoding.decode(a) for a in new])
-        verdicts = zip(*map(demo_verdict, answers[-1]), strict=True)
-        shares.append([sum(v) / len(ids) for v in verdicts])
-    for prompt, before, after in list(zip(prompts, *answers, strict=True))[:6]:
-        print(f"answer {prompt[9:-13]:20} before DPO:{before[:-13]:10} after:{after[:-13]}")
-    for when, (obey, formed) in zip(("before", "after"), shares, strict=True):
+        answers = [encoding.decode(answer) for answer in new]
+        print(f"answer {when:6} DPO:", *(answer[:3] for answer in answers[:12]))
+        obey = sum("!" in answer for answer in answers) / len(ids)
+        formed = [answer for answer in answers if WELL_FORMED.fullmatch(answer)]
         print(f"demo   {when:6} DPO {obey:6.1%} of {len(ids)} fresh answers obey the rule, "
-              f"{formed:.1%} are well formed")
-    return 0 if min(shares[1]) >= 0.95 else 1
+              f"{len(formed) / len(ids):.1%} are well formed")
+    return 0 if min(obey, len(formed) / len(ids)) >= 0.95 else 1
 
 
-def load_parts(config: Config, encoding: tiktoken.Encoding, audit: dict) -> list[dict[str, list]]:
-    """Parts "train", "val", "test" as token pairs, of the demo SFT's first; `audit` gets counts.
+def load(config: Config) -> tuple[GPT2, tiktoken.Encoding]:
+    """The model to begin with and its encoding: the demo's is random, and reads bytes."""
+    if not config.demo:
+        named = config.model in NAMES and not Path(config.model).exists()
+        return (GPT2.from_pretrained(data.fetch_model(config.model) if named else config.model),
+                tiktoken.get_encoding("gpt2"))
+    model = GPT2(GPT2Config(2, 4, 128, 128, 257, 512))
+    nn.init.normal_(model.wte.weight, std=0.1)  # so narrow a model needs bytes further apart
+    return model, tiktoken.Encoding(
+        "bytes", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 256},
+        mergeable_ranks={bytes([i]): i for i in range(256)})
+
+
+def load_parts(config: Config, encoding: tiktoken.Encoding, audit: dict) -> dict[str, list]:
+    """Parts "train", "val" and "test" as token pairs; `audit` gets what became of every row.
 
     Raises ValueError when a part has no pair.
     """
-    found: dict[str, list[data.Pair]] = {"train": [], "test": []}
+    found = {"train": demo_pairs(3000, config.seed) if config.demo else [], "test": []}
     files = {"train": [config.pairs]} if config.pairs else {} if config.demo else {
         part: data.fetch_hh(config.hh_dir, config.subsets.split(","), part) for part in found}
     for part, paths in files.items():
         for path in paths:
             pairs, audit[str(path)] = data.read_pairs(path)
             found[part] += pairs
-    result = []
-    for pairs in demo_pairs(3000, config.seed) if config.demo else [found["train"]]:
-        parts, audit["split"] = data.split(pairs, found["test"], config.val_share)
-        for part, some in parts.items():
-            parts[part], audit[part] = data.tokenize(some, encoding, config.max_tokens,
-                                                     config.max_prompt_tokens)
-            audit[part]["kept"] = len(parts[part])
-            if not parts[part]:
-                raise ValueError(f"no pair for {part}, expected some: give more pairs, or a larger "
-                                 f"--val_share")
-        result.append(parts)
+    parts, audit["split"] = data.split(found["train"], found["test"], config.val_share)
+    for part, pairs in parts.items():
+        parts[part], audit[part] = data.tokenize(pairs, encoding, config.max_tokens,
+                                                 config.max_prompt_tokens)
+        audit[part]["kept"] = len(parts[part])
+        if not parts[part]:
+            raise ValueError(f"no pair for {part}, expected some: give more pairs, or a larger "
+                             f"--val_share")
     for name, counts in audit.items():
         print(f"pairs  {name}:", ", ".join(f"{n:,} {what}" for what, n in counts.items()))
-    return result
+    return parts
 
 
 def draw_curves(folder: Path) -> None:
     """curves.png from metrics.jsonl, where matplotlib is installed."""
-    try:
+    with suppress(ImportError):
         from matplotlib.figure import Figure
-    except ImportError:
-        return
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    axes = figure.subplots(1, 4)
-    names = ("loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
-    for axis, name in zip(axes, names, strict=True):
-        for kind in ("train", "val"):
-            dots = [(r["step"], r[name]) for r in rows
-                    if (r["stage"], r["kind"]) == ("dpo", kind) and name in r]
-            axis.plot(*zip(*dots, strict=True), label=kind)
-        axis.set(title=name, xlabel="updates of DPO")
-        axis.legend()
-    figure.savefig(folder / "curves.png")
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        figure = Figure((12, 3), layout="constrained")
+        for axis, name in zip(figure.subplots(1, 4), CURVES, strict=True):
+            for kind in ("train", "val"):
+                some = [r for r in rows if (r["stage"], r["kind"]) == ("dpo", kind) and name in r]
+                axis.plot([r["step"] for r in some], [r[name] for r in some], label=kind)
+            axis.set(title=name, xlabel="updates of DPO")
+            axis.legend()
+        figure.savefig(folder / "curves.png")
 
 
 def run(config: Config) -> int:
     """The whole job: pairs, model, SFT, the reference's logps, DPO, test. Returns the exit code."""
     out, audit = Run(config), {}
     torch.manual_seed(config.seed)
-    if config.demo:
-        model = GPT2(GPT2Config(2, 4, 128, 128, 257, 512))
-        nn.init.normal_(model.wte.weight, std=0.1)  # so narrow a model needs bytes further apart
-        encoding = tiktoken.Encoding(
-            "bytes", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 256},
-            mergeable_ranks={bytes([i]): i for i in range(256)})
-    else:
-        named = config.model in NAMES and not Path(config.model).exists()
-        model = GPT2.from_pretrained(data.fetch_model(config.model) if named else config.model)
-        encoding = tiktoken.get_encoding("gpt2")
-    if config.max_tokens > model.config.n_positions:
-        raise ValueError(f"--max_tokens is {config.max_tokens}, but the model's context holds "
-                         f"{model.config.n_positions}: give a smaller number")
+    model, encoding = load(config)
+    shape = model.config
+    for name, most in (("max_tokens", shape.n_positions), ("adapter_width", shape.n_inner),
+                       ("adapter_layers", shape.n_layer)):
+        if (value := getattr(config, name)) > most:
+            raise ValueError(f"--{name} is {value}, expected at most this model's {most}")
     parts = load_parts(config, encoding, audit)
     out.open(audit)
-    in_dpo = bool(out.saved) and out.saved["stage"] == "dpo"
+    in_dpo = out.saved["stage"] == "dpo"
     if config.sft_epochs:
         if not in_dpo:
-            train_stage("sft", model.to(out.device), parts[0], {}, out)
+            shown = {part: [p._replace(chosen=p[1 + i % 2]) for i, p in enumerate(pairs)]
+                     for part, pairs in parts.items()}  # the demo's SFT leaves the choice to DPO
+            train_stage("sft", model.to(out.device), shown if config.demo else parts, {}, out)
         model = GPT2.from_pretrained(out.folder / "sft")
-    policy, parts = Policy(model.to(out.device)), parts[-1]
-    reference = out.saved["reference"] if in_dpo else {}
-    for part, pairs in parts.items() if not in_dpo else ():
-        batches = data.batches(pairs, EVAL_PAIRS, None, 0, 0, out.rank, out.world)
-        batches = data.track((b[0].to(out.device) for b in batches), f"reference of {part}",
-                             len(pairs), "pairs", lambda batch: len(batch.pairs) * out.world)
-        reference[part] = dpo.reference_logp(policy, batches, len(pairs), out.autocast)
-    some = next(data.batches(parts["train"], EVAL_PAIRS, config.seed))[0].to(out.device)
-    check_start = partial(
-        dpo.check_start, policy, some, reference["train"].to(out.device), config.beta, out.autocast,
-        1e-6 if out.dtype == torch.float32 else 5e-3)
-    if config.adapter == "replace":
-        check_start()  # now or never: without its MLPs the model is no longer the reference
+    policy = Policy(model.to(out.device))
+    reference = out.saved["reference"] if in_dpo else {
+        part: dpo.reference_logp(policy, data.track(
+            out.batches(pairs, data.SIDES), f"reference of {part}", len(pairs), "pairs",
+            lambda batch: len(batch.pairs) * out.world), len(pairs), out.autocast)
+        for part, pairs in parts.items()}
     add_adapters(model, config.adapter, config.adapter_width, config.adapter_init,
                  config.adapter_layers)
-    if config.adapter != "replace":
-        check_start()
+    if config.adapter != "replace":  # then the policy begins as its reference
+        batch = next(data.batches(parts["train"], EVAL_PAIRS, config.seed))[0].to(out.device)
+        dpo.check_start(policy, batch, reference["train"].to(out.device), config.beta, out.autocast,
+                        1e-6 if out.dtype == torch.float32 else 5e-3)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"model  {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} train | "
           f"{out.device.type}, {str(out.dtype)[6:]} | torch {torch.__version__}", flush=True)
     train_stage("dpo", model, parts, reference, out)
 
     policy = Policy(GPT2.from_pretrained(out.folder / "best").to(out.device))
-    objective = dpo.dpo_objective(reference["test"].to(out.device), config.beta, config.loss,
-                                  config.label_smoothing, config.sft_coef)
-    test, n = evaluate(policy, parts["test"], objective, out), len(parts["test"])
-    p = test["rewards/accuracies"]
-    half = 1.96 * math.sqrt(p * (1 - p) / n)  # of the 95% interval
+    test = evaluate(policy, parts["test"], out.objective(reference["test"]), out)
+    accuracy, n = test["rewards/accuracies"], len(parts["test"])
+    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)  # of the 95% interval
     out.log("dpo", 0, "test", 0, test | {"pairs": n, "accuracy_half_interval": half})
-    print(f"result {out.folder / 'best'} | test accuracy {p:.3f} +- {half:.3f} on {n} pairs")
+    print(f"result {out.folder / 'best'} | test accuracy {accuracy:.3f} +- {half:.3f} on {n} pairs")
     if out.rank:
         return 0
     draw_curves(out.folder)

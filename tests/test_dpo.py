@@ -498,7 +498,8 @@ def test_micro_batches_weigh_by_their_pairs():
     sums = train_step(policy, [slope_batch(1.0), slope_batch(2.0, 3.0, 10.0)],
                       torch.optim.SGD(policy.parameters(), 1.0), as_it_is, max_norm=100.0)
     assert policy.w.item() == -4.0 and policy.w.grad is None
-    assert sums == {"loss": 20.0, "pairs": 4, "tokens": 14, "updates": 1, "grad_norm": 4.0}
+    assert sums == {"loss": 20.0, "pairs": 4, "tokens": 14, "updates": 1, "grad_norm": 4.0,
+                    "lr": 1.0}
 
 
 def test_a_long_gradient_is_clipped_and_its_own_norm_told():
@@ -628,24 +629,24 @@ def test_the_start_is_checked(model, capsys):
 
 # The loop. A lab: Table learns four pairs by Adam; every line and save is kept.
 
-def lab(losses=None, saved=None, stop_at=None, bad=(), **options):
+def lab(losses=None, saved=None, bad=(), **options):
     """fit, perhaps from a save; validation's losses may be given; updates in `bad` are nan."""
     policy = Table([[-3.0, -6.0], [-5.0, -4.5], [-2.0, -9.0], [-4.0, -3.0]])
     optimizer = torch.optim.Adam(policy.parameters(), 123.0)
     made = SimpleNamespace(policy=policy, optimizer=optimizer, logs=[], saves=[], state=None,
-                           updates=0, stopped=False, speeds=[])
+                           updates=0, speeds=[])
     objective, given = dpo.dpo_objective(torch.tensor(BEFORE), 0.5), iter(losses or [])
     if saved:
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
 
-    def train(step):
-        while True:
-            factor = math.nan if step in bad else 1.0 + 0.1 * step
-            made.updates += 1
-            first, second, third = ((step + i) % 4 for i in range(3))
-            yield [table_batch(first, factor=factor), table_batch(second, third)]
-            step += 1
+    def update(step):
+        factor = math.nan if step in bad else 1.0 + 0.1 * step
+        made.updates += 1
+        first, second, third = ((step + i) % 4 for i in range(3))
+        optimizer.param_groups[0]["lr"] = cosine_lr(step, 0.1, 3, 11)
+        return train_step(policy, [table_batch(first, factor=factor), table_batch(second, third)],
+                          optimizer, objective)
 
     def validate():
         sums = val_step(policy, table_batch(0, 1, 2, 3), objective)
@@ -661,14 +662,9 @@ def lab(losses=None, saved=None, stop_at=None, bad=(), **options):
         assert (kind == "train") == (timed <= values.keys())
         made.speeds += [[values[key] for key in sorted(timed)]] if kind == "train" else []
         made.logs.append((kind, step, {k: v for k, v in values.items() if k not in timed}))
-    settings = {"steps": 11, "rate": lambda step: cosine_lr(step, 0.1, 3, 11), "val_every": 4,
-                "patience": 99, "log_every": 3, "save_every": 5} | options
-    try:
-        made.state = fit(policy, optimizer, objective, train, validate, log=log, save=save,
-                         state=saved and saved["state"],
-                         interrupted=lambda: made.updates == stop_at, **settings)
-    except KeyboardInterrupt:
-        made.stopped = True
+    settings = {"steps": 11, "val_every": 4, "patience": 99, "log_every": 3, "save_every": 5}
+    made.state = fit(update, validate, log, save, state=saved and saved["state"],
+                     **settings | options)
     return made
 
 
@@ -679,6 +675,11 @@ def lines(made, kind: str) -> list[int]:
 
 def saves(made, kind: str) -> list[int]:
     return [step for k, step, _ in made.saves if k == kind]
+
+
+def saved_at(step: int, made) -> dict:
+    """What the "last" of that step holds."""
+    return next(saved for kind, s, saved in made.saves if (kind, s) == ("last", step))
 
 
 @pytest.mark.parametrize("steps, expected", [(6, [0, 3, 6]), (7, [0, 3, 6, 7]), (2, [0, 2])])
@@ -693,7 +694,7 @@ def test_lines_and_saves_come_when_asked_for():
     assert saves(made, "last") == [0, 4, 5, 8, 10, 11]
 
 
-def test_a_line_holds_the_means_since_the_last_and_the_rate_of_its_last_update():
+def test_a_line_holds_the_means_since_the_last():
     """Against runs that log each update: 3 pairs in each, so means of 3 lines are the line."""
     made, each = lab(), lab(log_every=1)
     rows = [values for kind, _, values in each.logs if kind == "train"]
@@ -702,24 +703,23 @@ def test_a_line_holds_the_means_since_the_last_and_the_rate_of_its_last_update()
                                         strict=True):
         for key, value in values.items():
             expected = [row[key] for row in rows[first:step]]
-            assert value == pytest.approx(expected[-1] if key == "lr" else
-                                          sum(expected) / len(expected), rel=1e-12), key
+            assert value == pytest.approx(sum(expected) / len(expected), rel=1e-12), key
 
 
 def test_speed_and_time_left_are_of_this_process(monkeypatch):
     """A clock that goes on by 1 s when read: each update takes 1, and 1 passes between two.
 
-    9 tokens an update; after 2 of 4 updates 4 s are gone, so 4 are left. A run that goes on in the
+    9 tokens an update; after 2 of 4 updates 5 s are gone, so 5 are left. A run that goes on in the
     middle of a window counts no token of before: after its first update, 2 of 3 are left.
     """
     def clock():
         times = iter(range(999))
         monkeypatch.setattr(dpo, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     clock()
-    assert lab(steps=4, log_every=2).speeds == [[4.0, 9.0], [0.0, 9.0]]
-    saved = lab(steps=4, log_every=2, stop_at=1).saves[-1][2]
+    assert lab(steps=4, log_every=2).speeds == [[5.0, 9.0], [0.0, 9.0]]
+    saved = saved_at(1, lab(steps=4, log_every=2, save_every=1))
     clock()
-    assert lab(steps=4, log_every=2, saved=saved).speeds == [[4.0, 9.0], [0.0, 9.0]]
+    assert lab(steps=4, log_every=2, saved=saved).speeds == [[6.0, 9.0], [0.0, 9.0]]
 
 
 def test_the_rate_is_what_the_optimizer_uses():
@@ -745,8 +745,7 @@ def test_training_ends_when_patience_does():
     losses = [5.0, 3.0, 4.0, 4.0, 2.0, 4.0, 2.0, 4.0, 1.0]
     made = lab(losses, val_every=1, patience=3)
     assert made.state["step"] == 7 == made.updates and made.state["best_step"] == 4
-    saved = next(s for kind, step, s in made.saves if (kind, step) == ("last", 6))
-    again = lab(losses[7:], saved, val_every=1, patience=3)
+    again = lab(losses[7:], saved_at(6, made), val_every=1, patience=3)
     assert again.state == made.state and again.updates == 1
     ended = lab(losses, made.saves[-1][2], val_every=1, patience=3)
     assert ended.updates == 0 and ended.logs == [] and ended.state == made.state
@@ -757,7 +756,7 @@ def test_skipped_updates_are_counted_and_stay_out_of_the_means():
     values = {step: v for kind, step, v in made.logs if kind == "train"}
     assert made.state["skipped"] == 6 and made.state["skipped_in_row"] == 0
     assert [values[step]["skipped"] for step in values] == [1, 2, 3, 5, 6, 6]
-    assert values[8] == {"lr": cosine_lr(7, 0.1, 3, 11), "skipped": 5}  # no pair, so no mean
+    assert values[8] == {"skipped": 5}  # no pair, so no mean
     assert all(math.isfinite(values[step]["loss"]) for step in (2, 4, 6, 10, 11))
     assert torch.isfinite(made.policy.logp).all()
 
@@ -766,9 +765,9 @@ def test_too_many_skips_in_a_row_stop_the_run_and_name_the_best():
     with pytest.raises(FloatingPointError, match=r"3 updates in a row, up to 8,.*: best of 4;"):
         lab([2.0, 1.0, 3.0], bad={1, 2, 5, 6, 7}, max_skipped=3)
     assert lab(bad={1, 2, 4, 5}, max_skipped=3).state["skipped"] == 4
-    stopped = lab(bad={5, 6, 7}, stop_at=6, max_skipped=3)  # one skip before, two after
+    saved = saved_at(6, lab(bad={5, 6}, save_every=1))  # one skip before, two after
     with pytest.raises(FloatingPointError, match="up to 8"):
-        lab(saved=stopped.saves[-1][2], bad={5, 6, 7}, max_skipped=3)
+        lab(saved=saved, bad={5, 6, 7}, max_skipped=3)
 
 
 def same(a, b) -> None:
@@ -779,26 +778,16 @@ def same(a, b) -> None:
         torch.equal(a["state"][0][k], b["state"][0][k]) for k in ("step", "exp_avg", "exp_avg_sq"))
 
 
-@pytest.mark.parametrize("stop_at", range(1, 12))
-def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(stop_at):
-    """At every step, also in the middle of a log window and just after a validation."""
-    whole, begun = lab(bad={4}), lab(bad={4}, stop_at=stop_at)
-    assert begun.stopped and begun.saves[-1][:2] == ("last", stop_at)
-    saved = begun.saves[-1][2]
-    untouched = copy.deepcopy(saved["state"])
-    resumed = lab(bad={4}, saved=saved)
-    assert begun.logs + resumed.logs == whole.logs and saved["state"] == untouched
-    same(resumed, whole)
-
-
 def test_a_killed_run_goes_on_from_any_save():
-    """Also from that of step 0: no line comes twice, patience and the best are as they were."""
-    whole = lab(bad={4, 9})
-    lasts = [(step, saved) for kind, step, saved in whole.saves if kind == "last"]
-    for step, saved in lasts:
-        resumed = lab(bad={4, 9}, saved=saved)
-        shown = len(whole.logs) - len(resumed.logs)
-        assert resumed.logs == whole.logs[shown:] and resumed.updates == 11 - step
-        assert all(s > step for _, s, _ in resumed.logs)
+    """At every step, in the middle of a log window and just after a validation, and from step 0.
+
+    No line comes twice; patience and the best are as they were; what was saved is left as it is.
+    """
+    whole = lab(bad={4, 9}, save_every=1)
+    for step in range(12):
+        saved = saved_at(step, whole)
+        untouched = copy.deepcopy(saved["state"])
+        resumed = lab(bad={4, 9}, saved=saved, save_every=1)
+        assert saved["state"] == untouched and resumed.updates == 11 - step
+        assert resumed.logs == [line for line in whole.logs if line[1] > step]
         same(resumed, whole)
-    assert len(lasts) == 6

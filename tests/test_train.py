@@ -145,6 +145,9 @@ def refused(words: list[str], capfd) -> str:
     ({"model": "nowhere"}, "nowhere"),
     ({"pairs": "nowhere.jsonl"}, "nowhere.jsonl"),
     ({"val_share": 1e-9}, "val"),
+    ({"adapter_width": 65}, "--adapter_width"),  # the MLPs have 64 neurons, in 2 layers
+    ({"adapter_layers": 3}, "--adapter_layers"),
+    ({"adapter_init": "pretrained"}, "--adapter_init"),  # of a replacing MLP alone
 ], ids=str)
 def test_a_wrong_option_is_one_line_that_names_it_and_leaves_nothing(options, named, world, capfd):
     """Exit code 2, one line on stderr from the word error on, and no folder for a run."""
@@ -184,10 +187,11 @@ def test_resuming_in_a_folder_that_is_no_run_is_one_line(world, tmp_path, capfd)
 
 
 def test_a_machine_without_git_trains_too(world, tmp_path, monkeypatch):
-    """The commit is then not known, and said to be nothing."""
+    """The commit is then not known, and not told."""
     monkeypatch.setenv("PATH", str(tmp_path))
     train.Run(train.parse(argv(world, "no_git"))).open({})
-    assert json.loads((world / "no_git" / "config.json").read_text())["versions"]["commit"] == ""
+    versions = json.loads((world / "no_git" / "config.json").read_text())["versions"]
+    assert set(versions) == {"python", "torch"}
 
 
 def test_a_run_that_diverges_ends_with_one_line_that_names_the_last_good_checkpoint(world, capfd):
@@ -456,7 +460,7 @@ def jobs() -> Iterator[Jobs]:
 
 # Saves, validations and lines come at different updates: each may be the last before a stop.
 SHORT = {"adapter_width": 8, "max_tokens": 64, "max_prompt_tokens": 42, "epochs": 2, "log_every": 3}
-STOPPED = SHORT | {"batch_pairs": 4, "save_every": 4}
+STOPPED = SHORT | {"batch_pairs": 4, "save_every": 4, "epochs": 6}
 
 
 @pytest.fixture(scope="module")
@@ -517,9 +521,11 @@ def test_a_killed_and_resumed_run_ends_as_if_it_had_not_been(moments, undisturbe
             code = jobs.run(words, (*moment, signal.SIGKILL))
         else:
             before, process = progress(world / name), jobs.begin(words)
+            end = time.monotonic() + 60
             while progress(world / name) < before + moment:
+                assert time.monotonic() < end, log_of(world / name)
                 time.sleep(0.002)
-            time.sleep(dice.uniform(0, 0.1))
+            time.sleep(dice.uniform(0, 0.03))
             os.kill(process, signal.SIGKILL)
             code = jobs.wait(process)
         assert code == -signal.SIGKILL, log_of(world / name)
@@ -527,17 +533,12 @@ def test_a_killed_and_resumed_run_ends_as_if_it_had_not_been(moments, undisturbe
     assert_same(world / name, undisturbed)
 
 
-def test_ctrl_c_and_sigterm_save_and_a_resumed_run_ends_the_same(undisturbed, world, jobs):
-    """Exit code 130 and a word on --resume; also right after a kill that came after a logged line.
-
-    The first is killed with a line in metrics.jsonl from after its last save; the second, stopped
-    at once, must not save that line's place: it is written again.
-    """
+def test_ctrl_c_is_a_kill_with_a_word_on_how_to_go_on(undisturbed, world, jobs):
+    """Exit code 130; what is on disk is whole at any moment, so the resumed run ends the same."""
     words = argv(world, "stopped", resume=True, model=world / "bytes", **STOPPED)
-    for update, number, code in ((8, signal.SIGKILL, -9), (1, signal.SIGINT, 130),
-                                 (1, signal.SIGTERM, 130), (9, signal.SIGINT, 130)):
+    for update, number, code in ((8, signal.SIGINT, 130), (7, signal.SIGTERM, -15)):
         assert jobs.run(words, ("train_step", update, number)) == code, log_of(world / "stopped")
-    assert log_of(world / "stopped").count("--resume goes on") == 3
+    assert log_of(world / "stopped").count("--resume goes on") == 1
     assert jobs.run(words) == 0 and "Traceback" not in log_of(world / "stopped")
     assert_same(world / "stopped", undisturbed)
 
@@ -579,37 +580,26 @@ def test_two_processes_go_on_as_if_they_had_not_been_killed(shared, world, jobs)
     assert_same_weights(world / "again", shared)
 
 
-def test_processes_that_hear_of_a_stop_at_different_updates_stop_at_the_same(shared, world, jobs):
-    """One is told an update before the other: both save and end with 130, and can go on."""
-    words = argv(world, "unequal", resume=True, model=world / "bytes", **SHARED)
-    codes = jobs.together(words, tuple(("train_step", n, signal.SIGTERM) for n in (4, 5)))
-    assert codes == [130, 130], log_of(world / "unequal")
-
-
 # The demo's world, and Policy.
 
 def test_the_demo_draws_its_pairs_by_the_rule():
-    """Preferred answers obey in 1 / (1 + exp(-4)) = 98.2% of the pairs, demonstrations in half."""
-    demonstrations, preferences = train.demo_pairs(20_000, 3)
-    assert train.demo_pairs(20_000, 3) == (demonstrations, preferences)
-    assert train.demo_pairs(20_000, 4)[1] != preferences
-    obey = [sum(train.demo_verdict(pair.chosen)[0] for pair in pairs) / 20_000
-            for pairs in (demonstrations, preferences)]
-    assert obey == [pytest.approx(0.5, abs=0.015), pytest.approx(0.982, abs=0.004)]  # 4 deviations
-    for pair in demonstrations + preferences:
+    """Preferred answers obey in 1 / (1 + exp(-4)) = 98.2% of the pairs."""
+    pairs = train.demo_pairs(20_000, 3)
+    assert train.demo_pairs(20_000, 3) == pairs != train.demo_pairs(20_000, 4)
+    assert sum("!" in pair.chosen for pair in pairs) / 20_000 == pytest.approx(0.982, abs=0.004)
+    for pair in pairs:
         assert pair.chosen[:2] == pair.rejected[:2]
         assert {pair.chosen[2:], pair.rejected[2:]} == {"!", "."}
         assert pair.prompt.startswith(data.HUMAN) and pair.prompt.endswith(data.ASSISTANT)
 
 
-@pytest.mark.parametrize(("answer", "obeys", "formed"), [
-    (" 7!<|endoftext|>", True, True), (" 0.<|endoftext|>", False, True),
-    (" 7!", True, False), (" 77!<|endoftext|>", True, False), ("7!<|endoftext|>", True, False),
-    (" 7!<|endoftext|>\n", True, False), (" 7!!<|endoftext|>", True, False),
-    (" 7?<|endoftext|>", False, False), ("<|endoftext|>", False, False), ("", False, False)])
-def test_the_demo_judges_by_hand_made_answers(answer, obeys, formed):
-    """Obeys where it is cheerful; well formed: a space, one digit, a mark, and the end."""
-    assert train.demo_verdict(answer) == (obeys, formed)
+@pytest.mark.parametrize(("answer", "formed"), [
+    (" 7!<|endoftext|>", True), (" 0.<|endoftext|>", True), (" 7!", False),
+    (" 77!<|endoftext|>", False), ("7!<|endoftext|>", False), (" 7!<|endoftext|>\n", False),
+    (" 7!!<|endoftext|>", False), (" 7?<|endoftext|>", False), ("<|endoftext|>", False),
+    ("", False)])
+def test_a_well_formed_answer_of_the_demo_is_a_digit_and_a_mark(answer, formed):
+    assert bool(train.WELL_FORMED.fullmatch(answer)) == formed
 
 
 @pytest.mark.parametrize("sides", [("chosen", "rejected"), ("chosen",)])
