@@ -11,7 +11,7 @@ chosen first (an SFT policy's (B,): chosen alone).
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -87,58 +87,51 @@ def check_options(beta: float, variant: str, label_smoothing: float) -> None:
 class LogPartition(torch.autograd.Function):
     """The log of the sum of exp(hidden @ weight.T) over the vocabulary: (M,), float32 at least.
 
-    `chunk` rows of logits at a time, in buffers that serve all chunks: on a CPU new memory of that
-    size takes longer than the arithmetic. The gradient of hidden is the softmax's mean of weight;
-    it is made in the forward pass, where the softmax is. That of weight makes the softmax anew.
+    hidden (M, C), weight (V, C). Logits exist for `chunk` words of the vocabulary at a time. The
+    gradient of hidden is the softmax's mean of weight, so it is made in the forward pass, where the
+    softmax is, with sums that are rescaled when a larger logit comes (Milakov and Gimelshein 2018,
+    arXiv:1805.02867). That of weight makes the softmax anew.
     """
-    @staticmethod
-    def exp_logits(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[Tensor, ...]]:
-        """By chunk: its rows, exp(logits - top), a buffer like it in hidden's dtype, and top."""
-        low = hidden.new_empty(min(chunk, len(hidden)), len(weight))
-        high = torch.empty_like(low, dtype=torch.promote_types(low.dtype, torch.float32))
-        for rows in hidden.split(chunk):
-            logits, exp = low[:len(rows)], high[:len(rows)]
-            exp.copy_(torch.mm(rows, weight.T, out=logits))
-            top = exp.amax(-1, keepdim=True)
-            yield rows, exp.sub_(top).exp_(), logits, top
-
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
         kind, ctx.chunk, ctx.dtypes = hidden.device.type, chunk, (hidden.dtype, weight.dtype)
         if torch.is_autocast_enabled(kind):
             hidden, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (hidden, weight))
-        log_z, mean = [], []
-        for _, exp, buffer, top in LogPartition.exp_logits(hidden, weight, chunk):
-            total = exp.sum(-1, keepdim=True)
-            log_z.append(top + total.log())
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        mean = torch.zeros_like(hidden, dtype=precise)  # sums, until they are divided by `total`
+        total, top = mean.new_zeros(len(mean), 1), mean.new_full((len(mean), 1), -math.inf)
+        for words in weight.split(chunk):
+            logits, old = (hidden @ words.T).to(precise), top  # (M, chunk)
+            top = torch.maximum(old, logits.amax(-1, keepdim=True))
+            exp, scale = logits.sub_(top).exp_(), (old - top).exp_()
+            total = total * scale + exp.sum(-1, keepdim=True)
             if ctx.needs_input_grad[0]:
-                mean.append(torch.mm(buffer.copy_(exp), weight) / total)
-        log_z = torch.cat(log_z)  # (M, 1)
-        ctx.save_for_backward(hidden, weight, log_z, *(torch.cat(m) for m in [mean] if m))
+                mean = mean * scale + exp.to(hidden.dtype) @ words
+        log_z = top + total.log()  # (M, 1)
+        ctx.save_for_backward(hidden, weight, log_z, mean.div_(total))
         return log_z[:, 0]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden, weight, log_z, *mean = ctx.saved_tensors
-        d_weight, grad = None, grad[:, None]
-        d_hidden = [(m * grad).to(ctx.dtypes[0]) for m in mean]
-        if ctx.needs_input_grad[1]:
-            d_weight = torch.zeros_like(weight, dtype=ctx.dtypes[1])
-            chunks = LogPartition.exp_logits(hidden, weight, ctx.chunk)
-            for (rows, exp, buffer, top), z, g in zip(
-                    chunks, log_z.split(ctx.chunk), grad.split(ctx.chunk), strict=True):
-                d_weight += torch.mm(buffer.copy_(exp.mul_(g * (top - z).exp())).T, rows)
-        return d_hidden[0] if d_hidden else None, d_weight, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (hidden, weight, log_z, mean), grad = ctx.saved_tensors, grad[:, None]
+        if not ctx.needs_input_grad[1]:
+            return (mean * grad).to(ctx.dtypes[0]), None, None
+        d_weight = torch.empty_like(weight, dtype=ctx.dtypes[1])
+        for start in range(0, len(weight), ctx.chunk):
+            words = slice(start, start + ctx.chunk)
+            softmax = (hidden @ weight[words].T).to(log_z.dtype).sub_(log_z).exp_()
+            d_weight[words] = softmax.mul_(grad).to(hidden.dtype).T @ hidden
+        return (mean * grad).to(ctx.dtypes[0]), d_weight, None
 
 
 def response_logp(hidden: Tensor, weight: Tensor, targets: Tensor, response: Tensor,
-                  responses: int, chunk: int = 512) -> Tensor:
+                  responses: int, chunk: int = 2048) -> Tensor:
     """Log-probability of each response, given what stands before it: (responses,), in nats.
 
     hidden (M, C): what the model's head reads at the M tokens before a response's tokens; weight
     (V, C): the head's, so that logits are hidden @ weight.T. targets (M,) int64: the tokens that
-    came; response (M,) int64: whose they are. No other token's logits are computed, and those of
-    `chunk` tokens at a time.
+    came; response (M,) int64: whose they are. No other token's logits are computed, and never more
+    than M x chunk of them at once.
 
     Sums over tokens, and the logits of the targets, are float32 at least, also under autocast:
     bf16 numbers near 100, where GPT-2's logits lie, are 0.5 apart, and near 200 they are 1 apart.
@@ -303,10 +296,11 @@ def check_start(policy: Callable, batch: object, reference: Tensor, beta: float,
     reward over `batch` is off by `tolerance` or more.
     """
     start = means(val_step(policy, batch, dpo_objective(reference, beta), autocast))
+    ln2 = math.log(2)
     loss, chosen, rejected = (start[k] for k in ("loss", "rewards/chosen", "rewards/rejected"))
-    found = (f"loss {loss:.7f}, mean rewards {chosen:+.1e} and {rejected:+.1e}; "
-             f"expected {math.log(2):.7f} and 0 within {tolerance:.0e}")
-    if not all(abs(off) < tolerance for off in (loss - math.log(2), chosen, rejected)):
+    found = (f"loss {loss:.7f}, mean rewards {chosen:+.1e} and {rejected:+.1e}; expected {ln2:.7f} "
+             f"and 0 within {tolerance:.0e}")
+    if not all(abs(off) < tolerance for off in (loss - ln2, chosen, rejected)):
         raise ValueError(f"before DPO: {found}: the policy is not its reference; look for dropout, "
                          f"a stale reference, an adapter that changes the model, a wrong mask")
     print(f"start  {found}", flush=True)

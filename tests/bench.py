@@ -9,6 +9,7 @@ model. Needs trl, peft and transformers: pip install -r requirements-bench.txt
 import argparse
 import json
 import math
+import os
 import platform
 import resource
 import shutil
@@ -26,11 +27,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import conftest  # noqa: E402
-import data  # noqa: E402
-import dpo  # noqa: E402
-from model import GPT2, GPT2Config, add_adapters, generate, save_pretrained  # noqa: E402
-from train import Policy  # noqa: E402
+import conftest
+
+import data
+import dpo
+from model import GPT2, GPT2Config, add_adapters, generate, save_pretrained
+from train import Policy
 
 BETA, RATE = 0.1, 1e-4
 USEFUL = 72e9  # operations of a pair at GPT-2 124M, the reference cached: DPO can't do with fewer
@@ -196,7 +198,8 @@ def generation(job: dict, batches: list, device: str) -> list:
             assert all(len(a) == 128 for a in generate(model, prompts, 128, end_token=-1))
     else:
         from transformers import GPT2LMHeadModel
-        model = GPT2LMHeadModel.from_pretrained(job["folder"], dtype=torch.bfloat16).eval().to(device)
+        model = GPT2LMHeadModel.from_pretrained(job["folder"], dtype=torch.bfloat16).eval()
+        model.to(device)
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -244,6 +247,8 @@ def turn(job: dict) -> None:
 
 
 ALL = ["reference", "head", "flat", "groups"]
+KEPT = {"MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_MMAP_THRESHOLD_": "100000000000",
+        "THP_MEM_ALLOC_ENABLE": "1"}  # glibc: keep freed memory; torch: ask for huge pages
 STEPS = {  # name: what its turn is told
     "ours, full": {"who": "ours", "ideas": ALL},
     "ours, adapters of 64": {"who": "ours", "ideas": ALL, "adapters": True},
@@ -252,6 +257,9 @@ STEPS = {  # name: what its turn is told
     "trl, at its best": {"who": "trl", "kind": "best", "batches": "grouped"},
     "trl, peft LoRA r=16": {"who": "trl", "kind": "lora"},
     "the paper's step": {"who": "paper"},
+    "ours, full, buffers kept": {"who": "ours", "ideas": ALL, "env": KEPT},
+    "trl, at its best, buffers kept": {"who": "trl", "kind": "best", "batches": "grouped",
+                                       "env": KEPT},
     "naive": {"who": "ours", "ideas": []},
     "+ reference cached": {"who": "ours", "ideas": ALL[:1]},
     "+ head where it counts": {"who": "ours", "ideas": ALL[:2]},
@@ -260,7 +268,9 @@ STEPS = {  # name: what its turn is told
 WRITERS = {"generate, ours": {"who": "generate", "kind": "ours"},
            "generate, transformers": {"who": "generate", "kind": "transformers"}}
 BARS = [("ours, full", "trl, defaults"), ("ours, full", "trl, at its best"),
-        ("ours, full", "the paper's step"), ("ours, adapters of 64", "trl, peft LoRA r=16"),
+        ("ours, full", "the paper's step"),
+        ("ours, full, buffers kept", "trl, at its best, buffers kept"),
+        ("ours, adapters of 64", "trl, peft LoRA r=16"),
         ("ours, adapters of 64", "ours, full"), ("ours, adapters, upper half", "ours, full"),
         ("generate, ours", "generate, transformers")]
 
@@ -271,7 +281,7 @@ def take_turn(job: dict, folder: Path, numbers: list[int], dtype: str) -> dict:
            "layers": 0, "compile": False} | job
     job["batches"] = str(folder / f"{job.get('batches', 'random')}.json")
     done = subprocess.run([sys.executable, __file__, "--turn", json.dumps(job)], text=True,
-                          capture_output=True)
+                          capture_output=True, env=os.environ | job.get("env", {}))
     results = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not results:
         raise SystemExit(f"{job} failed:\n{done.stderr[-3000:]}")
