@@ -196,7 +196,7 @@ class Batch:
 
 
 def flatten(pairs: list[TokenPair], numbers: np.ndarray,
-            sides: tuple[str, ...] = SIDES, groups: int = 4) -> Batch:
+            sides: tuple[str, ...] = SIDES, groups: int = 8) -> Batch:
     """The Batch of these pairs, which are numbered `numbers` (B,) in the data set.
 
     Attention's rows come in up to `groups` groups of like length, each padded to its longest.

@@ -56,11 +56,9 @@ class Config:
     max_tokens: int = option(512, "of a prompt and one answer; a longer answer is cut")
     max_prompt_tokens: int = option(256, "of a prompt; a longer one is cut from the left")
     val_share: float = option(0.1, "of the training prompts, kept for validation")
-    adapter: str = option("parallel", "small MLPs beside the frozen ones, or for them, or none",
-                          "parallel", "replace", "none")
+    adapter: str = option("parallel", "of the MLPs", "parallel", "replace", "none")
     adapter_width: int = option(64, "neurons of an adapter")
-    adapter_init: str = option("scratch", "of replace: random, or the MLP's strongest neurons",
-                               "scratch", "pretrained")
+    adapter_init: str = option("scratch", "pretrained: of the MLP's own", "scratch", "pretrained")
     adapter_layers: int = option(0, "how many of the upper layers have adapters; 0: all")
     beta: float = option(0.1, "pull towards the reference; the paper: 0.1, on TL;DR 0.5")
     loss: str = option("sigmoid", "the variant of the DPO loss, see dpo.py", *dpo.VARIANTS)
@@ -125,15 +123,22 @@ class Policy(nn.Module):
 class Run:
     """Where a run computes, what it leaves and prints (of several processes only the first)."""
     def __init__(self, config: Config):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.config, self.folder = config, Path(config.out)
         self.saved = {"stage": "", "metrics_bytes": 0}  # what last.pt holds, once it is opened
+        self.rank, self.world, local = (
+            int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1),
+                                                         ("LOCAL_RANK", 0)))  # torchrun's
         device, auto = "mps" if torch.backends.mps.is_available() else "cpu", "float32"
         if torch.cuda.is_available():
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(local)
+            device = f"cuda:{local}"
             auto = "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
         elif torch.cpu.get_capabilities().get("avx512_bf16"):
             auto = "bfloat16"
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")
         self.device = torch.device(device)
         self.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
         self.autocast = partial(torch.autocast, self.device.type, self.dtype,
@@ -148,9 +153,8 @@ class Run:
             other = [f"--{name} {value}, not {options.get(name)}" for name, value in begun.items()
                      if value != options.get(name) and name != "out"]  # it may have been moved
             if other or not begun or not self.config.resume:
-                what = f"a run {'; '.join(other)}" if begun else "something that is no run"
-                raise ValueError(f"{self.folder} holds {what}: expected --resume and options that "
-                                 f"a run began with, or another --out")
+                raise ValueError(f"{path}: {'; '.join(other) or 'of a run' if begun else 'no run'}:"
+                                 f" expected --resume, and its options, or another --out")
             if (last := self.folder / "last.pt").exists():
                 self.saved = torch.load(last, map_location="cpu", weights_only=True)
         self.wait()  # no process writes before all have looked
@@ -159,11 +163,9 @@ class Run:
         if self.rank == 0:
             self.metrics.truncate(self.saved["metrics_bytes"])
             self.metrics.seek(0, os.SEEK_END)  # what a kill left behind the last save is gone
-            versions = {"python": platform.python_version(), "torch": torch.__version__}
-            with suppress(OSError):  # no git here
-                git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                     capture_output=True, text=True)
-                versions["commit"] = git.stdout.strip()
+            versions = {"python": platform.python_version(), "torch": torch.__version__,
+                        "commit": subprocess.getoutput(
+                            f'git -C "{Path(__file__).parent}" rev-parse HEAD')}
             text = json.dumps({"options": options, "audit": audit, "versions": versions}, indent=1)
             path.with_suffix(".part").write_text(text)
             path.with_suffix(".part").replace(path)
@@ -398,15 +400,7 @@ def run(config: Config) -> int:
 def main(argv: list[str] | None = None) -> int:
     """0 for a whole run, 1 for a demo below its goal, 2 and one line for what its user can mend."""
     try:
-        config = parse(argv)
-        if "RANK" in os.environ:  # torchrun
-            cuda = torch.cuda.is_available()
-            dist.init_process_group("nccl" if cuda else "gloo")
-            if cuda:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            if dist.get_rank():
-                sys.stdout = open(os.devnull, "w")
-        return run(config)
+        return run(parse(argv))
     except (ValueError, OSError, FloatingPointError) as error:
         print("error ", *str(error).split(), file=sys.stderr)  # torch's have several lines
         return 2

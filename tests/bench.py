@@ -82,7 +82,7 @@ def ours(job: dict, batches: list[list[data.TokenPair]], device: str) -> list:
     first = [0, *np.cumsum([len(batch) for batch in batches])]
     frozen = None
     if "flat" in ideas:
-        policy, groups = Policy(model), 4 if "groups" in ideas else 1
+        policy, groups = Policy(model), 8 if "groups" in ideas else 1
         made = [data.flatten(batch, np.arange(n, n + len(batch)), groups=groups)
                 for n, batch in zip(first, batches, strict=False)]
         reference = dpo.reference_logp(policy, [b.to(device) for b in made], len(everything), cast)
