@@ -344,6 +344,24 @@ def matrix_rate(tokens: int, predictions: int) -> float:
     return operations / seconds
 
 
+def show(jobs: dict[str, dict], seconds: dict[str, list], memory: dict[str, float],
+         rate: float) -> None:
+    """Both tables, as Markdown."""
+    speed = {who: len(times) / sum(times) for who, times in seconds.items()}
+    print("\n| a step on 16 pairs | median s | pairs/s | peak GB | useful arithmetic |\n"
+          "|---|---|---|---|---|")
+    for who, times in seconds.items():
+        work, share = (16, f"{16 * speed[who] * USEFUL / rate:.0%}") if who in STEPS else (32, "")
+        print(f"| {who} | {statistics.median(times):.2f} | {work * speed[who]:.2f} | "
+              f"{memory[who]:.2f} | {share} |")
+    print("\n| | against | times as fast | of its memory |\n|---|---|---|---|")
+    for who, other in BARS:
+        if who in jobs and other in jobs:
+            print(f"| {who} | {other} | {speed[who] / speed[other]:.1f} | "
+                  f"{memory[who] / memory[other]:.2f} |")
+    print(flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--hh_dir", default="hh-rlhf", help="as for train.py")
@@ -368,6 +386,8 @@ def main() -> None:
         folder, seconds, memory = Path(name), {who: [] for who in jobs}, dict.fromkeys(jobs, 0.0)
         count = args.rounds * args.batches
         prepare(folder, GPT2Config(), pairs, count, 16)
+        rate = matrix_rate(16 * 140, 16 * 117)
+        print(f"bf16 matrix products at these shapes: {rate / 1e9:,.0f} GFLOP/s", flush=True)
         for turns in range(args.rounds):
             for who, job in jobs.items():
                 numbers = [0, *range(1 + turns, count + 1, args.rounds)]
@@ -376,21 +396,7 @@ def main() -> None:
                 memory[who] = max(memory[who], result["peak"])
                 print(f"{who}: {[round(s, 2) for s in seconds[who]]} s, {memory[who]:.2f} GB",
                       flush=True)
-    rate = matrix_rate(16 * 130, 16 * 110)
-    print(f"\nbf16 matrix products at these shapes: {rate / 1e9:,.0f} GFLOP/s\n")
-    print("| a step on 16 pairs | seconds, median | pairs/s | peak GB | useful arithmetic |\n"
-          "|---|---|---|---|---|")
-    speed = {who: len(times) / sum(times) for who, times in seconds.items()}
-    for who, times in seconds.items():
-        work = 16 if who in STEPS else 32
-        share = f"{16 * speed[who] * USEFUL / rate:.0%}" if who in STEPS else ""
-        print(f"| {who} | {statistics.median(times):.2f} | {work * speed[who]:.2f} | "
-              f"{memory[who]:.2f} | {share} |")
-    print("\n| | against | times as fast | of its memory |\n|---|---|---|---|")
-    for who, other in BARS:
-        if who in jobs and other in jobs:
-            print(f"| {who} | {other} | {speed[who] / speed[other]:.1f} | "
-                  f"{memory[who] / memory[other]:.2f} |")
+            show(jobs, seconds, memory, rate)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=2000, help="of the policy, for each beta")
     args = parser.parse_args()
     rows = [(beta, *measure(beta, args.answers)) for beta in (0.5, 1.0, 2.0, 4.0, 8.0)]
-    print("| beta | KL of DPO | optimal KL | reward of DPO | optimal reward |\n|---|---|---|---|---|")
+    print("| beta | KL of DPO | optimal KL | reward of DPO | optimal reward |\n" + 5 * "|---" + "|")
     for beta, share, kl, error, reward in rows:
         best_kl, best = optimum(share, beta)
         print(f"| {beta} | {kl:.3f} ± {1.96 * error:.3f} | {best_kl:.3f} | "
