@@ -272,9 +272,9 @@ def report(path: Path, judge: Judge, shown: dict[str, dict], texts: dict[str, li
 def evaluate(config: argparse.Namespace) -> None:
     """Ask whether the judge is there; sample; judge; report."""
     template = Path(config.prompt).read_text() if config.prompt else PROMPT
-    run = json.loads(Path(config.out, "config.json").read_text())["options"]
+    run = json.loads(Path(config.out, "config.json").read_text()).get("options", {"demo": True})
     if run["demo"]:
-        raise ValueError(f"{config.out} is a --demo run, of bytes: nothing to judge; use hh-rlhf")
+        raise ValueError(f"{config.out} is no run of train.py, or a --demo: nothing to judge there")
     judge = Judge(config.url, config.judge, template, config.logprobs)
     judge.ask(AGAIN)  # is it there? Better now than after sampling
     files = [run["pairs"]] if run["pairs"] else data.fetch_hh(

@@ -1,6 +1,6 @@
 """GPT-2 in one file: the model, generation, adapters, and OpenAI's weights in and out.
 
-Read in this order: causal and Rows (how tokens see each other); GPT2 and its parts; generate;
+Read in this order: causal and in_rows (how tokens see each other); GPT2 and its parts; generate;
 adapters; files. Needs torch alone. Letters: B rows of T tokens, or N flat ones, C = n_embd, H heads
 of D = C / H, V vocabulary. No dropout: DPO compares a policy with its reference token by token, and
 one that flips coins differs from it before it has learnt anything.
@@ -34,8 +34,7 @@ class GPT2Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            if type(value) is not f.type or not 0 < value < 2**31:
+            if type(value := getattr(self, f.name)) is not f.type or not 0 < value < 2**31:
                 raise ValueError(f"{f.name} is {value!r}, expected {f.type.__name__} above 0")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}, no multiple of n_head, {self.n_head}")
@@ -64,20 +63,16 @@ def causal(qkv: Tensor, layer: int = 0) -> Tensor:
     return attention(q, k, v).transpose(1, 2)
 
 
-class Rows:
+def in_rows(qkv: Tensor, layer: int, rows: tuple[Tensor, ...], back: Tensor) -> Tensor:
     """Attention of a flat batch: gather padded rows, attend causally in each, take results back.
 
     rows: groups of rows of like length, each (R, T) int64: which of the N tokens stands there; one
     may stand in several, as a prompt does in those of its responses, and a pad may be any token.
     back: (N,) int64: for each token one place in the R * T results of all groups, concatenated.
     """
-    def __init__(self, rows: tuple[Tensor, ...], back: Tensor):
-        self.rows, self.back = rows, back
-
-    def __call__(self, qkv: Tensor, layer: int = 0) -> Tensor:
-        rows = [qkv.index_select(0, row.flatten()).unflatten(0, row.shape) for row in self.rows]
-        results = torch.cat([causal(row).flatten(0, 1) for row in rows])  # (sum of R * T, H, D)
-        return results.index_select(0, self.back)  # (N, H, D)
+    gathered = (qkv.index_select(0, row.flatten()).unflatten(0, row.shape) for row in rows)
+    results = torch.cat([causal(row).flatten(0, 1) for row in gathered])  # (sum of R * T, H, D)
+    return results.index_select(0, back)  # (N, H, D)
 
 
 class MLP(nn.Module):
@@ -195,8 +190,8 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
     """Continue prompts of any lengths, in one batch, by up to max_tokens ids; returns the new ids.
 
     An answer ends with end_token, which it then holds, where stop(its ids so far) is true, or at
-    max_tokens. The seed is this call's alone: no global generator is read or set. Raises ValueError
-    for an empty prompt, and if the longest prompt and max_tokens exceed the context.
+    max_tokens. No global generator is read or set. Raises ValueError for an empty prompt, and if
+    the longest prompt and max_tokens exceed the context.
     """
     c, weight = model.config, model.wte.weight
     short, long = min(map(len, prompts)), max(map(len, prompts))
@@ -289,17 +284,19 @@ def merge_adapters(model: GPT2) -> GPT2:
     The neurons of an adapter join those of its MLP; blocks with fewer than the widest get zeros.
     """
     mlps = [[mlp for mlp in (block.mlp, block.mlp.adapter) if mlp] for block in model.h]
-    counts = [sum(mlp.c_fc.out_features for mlp in side) for side in mlps]
+    widest = max(sum(mlp.c_fc.out_features for mlp in side) for side in mlps)
     state = {name: p for name, p in model.state_dict().items() if ".mlp." not in name}
     for layer, side in enumerate(mlps):
-        name, fill = f"h.{layer}.mlp.c_", (0, max(counts) - counts[layer])
-        rows = torch.cat([mlp.c_fc.weight for mlp in side])
-        state[name + "fc.weight"] = F.pad(rows, (0, 0, *fill))
-        state[name + "fc.bias"] = F.pad(torch.cat([mlp.c_fc.bias for mlp in side]), fill)
-        state[name + "proj.weight"] = F.pad(torch.cat([mlp.c_proj.weight for mlp in side], 1), fill)
-        state[name + "proj.bias"] = sum(mlp.c_proj.bias for mlp in side)
+        weight, bias, columns = (torch.cat(parts, dim) for parts, dim in (
+            ([mlp.c_fc.weight for mlp in side], 0), ([mlp.c_fc.bias for mlp in side], 0),
+            ([mlp.c_proj.weight for mlp in side], 1)))
+        fill = (0, widest - len(bias))
+        state |= {f"h.{layer}.mlp.c_{name}": p for name, p in (
+            ("fc.weight", F.pad(weight, (0, 0, *fill))), ("fc.bias", F.pad(bias, fill)),
+            ("proj.weight", F.pad(columns, fill)),
+            ("proj.bias", sum(mlp.c_proj.bias for mlp in side)))}
     with torch.device("meta"):
-        merged = GPT2(replace(model.config, n_inner=max(counts)))
+        merged = GPT2(replace(model.config, n_inner=widest))
     merged.load_state_dict(state, assign=True)
     return merged
 
@@ -325,7 +322,6 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         if len(dict(items)) < len(items):
             raise ValueError("a key stands twice")
         return dict(items)
-
     with open(path, "rb") as file:
         length, end = int.from_bytes(file.read(8), "little"), 0
         size = path.stat().st_size - 8 - length  # of the data

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import data
 import dpo
-from model import GPT2, NAMES, GPT2Config, Rows, add_adapters, generate, save_pretrained
+from model import GPT2, NAMES, GPT2Config, add_adapters, generate, in_rows, save_pretrained
 
 EVAL_PAIRS = 64  # in a batch of the passes without gradients
 SHOWN = {"loss": ("loss", ".4f"), "rewards/margins": ("margin", "+.3f"), "lr": ("lr", ".1e"),
@@ -114,7 +114,7 @@ class Policy(nn.Module):
         self.model = model
 
     def forward(self, batch: data.Batch) -> Tensor:
-        attend = Rows(batch.rows, batch.back)
+        attend = partial(in_rows, rows=batch.rows, back=batch.back)
         hidden = self.model.hidden(batch.tokens, batch.positions, attend, batch.predicts)
         return dpo.response_logp(hidden, self.model.wte.weight, batch.targets, batch.response,
                                  len(batch.lengths))

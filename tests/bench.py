@@ -344,6 +344,20 @@ def matrix_rate(tokens: int, predictions: int) -> float:
     return operations / seconds
 
 
+def scaling(pairs: list[data.TokenPair], sizes: list[int]) -> None:
+    """Time a token and peak memory of our step, full fine-tuning, by the pairs in it."""
+    print("| pairs a step | tokens | s | us a token | peak GB |\n|---|---|---|---|---|")
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as name:
+            prepare(Path(name), GPT2Config(), pairs, 2, size)
+            result = take_turn(STEPS["ours, full"], Path(name), [0, 1, 2], "bfloat16")
+            batches = json.loads(Path(name, "random.json").read_text())[1:]
+        tokens = sum(len(x) + len(y) + len(z) - 2 for batch in batches for x, y, z in batch) / 2
+        seconds = sum(s for s, _ in result["steps"][1:]) / 2
+        print(f"| {size} | {tokens:,.0f} | {seconds:.2f} | {seconds / tokens * 1e6:,.0f} | "
+              f"{result['peak']:.2f} |", flush=True)
+
+
 def show(jobs: dict[str, dict], seconds: dict[str, list], memory: dict[str, float],
          rate: float) -> None:
     """Both tables, as Markdown."""
@@ -367,6 +381,7 @@ def main() -> None:
     parser.add_argument("--hh_dir", default="hh-rlhf", help="as for train.py")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each contender")
     parser.add_argument("--batches", type=int, default=2, help="of 16 pairs, in a turn")
+    parser.add_argument("--scaling", action="store_true", help="only our step, at several sizes")
     parser.add_argument("--only", default="", help="contenders whose names hold this")
     parser.add_argument("--turn", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -381,6 +396,8 @@ def main() -> None:
     for package in ("torch", "transformers", "trl", "peft"):
         print(package, __import__(package).__version__, end=", ")
     print(platform.machine(), torch.get_num_threads(), "threads")
+    if args.scaling:
+        return scaling(pairs, [8, 16, 32, 64, 128])
     check_losses(pairs, jobs)
     with tempfile.TemporaryDirectory() as name:
         folder, seconds, memory = Path(name), {who: [] for who in jobs}, dict.fromkeys(jobs, 0.0)

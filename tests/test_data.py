@@ -6,6 +6,7 @@ The files here are written by the tests. The ids are GPT-2's, each with its text
 import gzip
 import json
 from collections import Counter
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 import data
 from data import ASSISTANT, HUMAN, Pair, TokenPair, batches, flatten, read_pairs, split, tokenize
-from model import GPT2, GPT2Config, Rows
+from model import GPT2, GPT2Config, in_rows
 
 END = 50256  # <|endoftext|>
 PROMPT = "\n\nHuman: Name a color.\n\nAssistant:"
@@ -419,7 +420,8 @@ def test_a_model_computes_the_same_on_a_flat_batch_as_on_each_row_alone():
     pairs = [TokenPair(*(rng.integers(60, size=n) for n in lengths))
              for lengths in ((3, 5, 2), (7, 1, 9), (1, 4, 4))]
     batch = flatten(pairs, np.arange(3))
-    logits = model(batch.tokens, batch.positions, Rows(batch.rows, batch.back), batch.predicts)
+    attend = partial(in_rows, rows=batch.rows, back=batch.back)
+    logits = model(batch.tokens, batch.positions, attend, batch.predicts)
     alone = []
     for side in ("chosen", "rejected"):
         for pair in pairs:
@@ -471,7 +473,8 @@ def test_processes_share_a_batch_and_the_last_of_them_may_have_none():
     assert len(empty.tokens) == len(empty.targets) == len(empty.lengths) == 0
     check(empty, EIGHT, ("chosen", "rejected"))
     model = GPT2(GPT2Config(1, 1, 4, 8, 9, 4))  # which an empty batch goes through
-    assert model(empty.tokens, empty.positions, Rows(empty.rows, empty.back), empty.predicts
+    attend = partial(in_rows, rows=empty.rows, back=empty.back)
+    assert model(empty.tokens, empty.positions, attend, empty.predicts
                  ).shape == (0, 9)
 
 

@@ -566,3 +566,11 @@ def test_bad_options_and_folders_are_one_line_and_no_traceback(run, server, caps
     with pytest.raises(SystemExit) as stop:
         judge.main(["--nothing"])
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error  ")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    """A model's folder has a config.json too, without options; a demo's bytes can't be judged."""
+    for text in ('{"model_type": "gpt2"}', '{"options": {"demo": true}}'):
+        (tmp_path / "config.json").write_text(text)
+        assert judge.main([str(tmp_path)]) == 2
+        assert f"{tmp_path} is no run of train.py" in capsys.readouterr().err

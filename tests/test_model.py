@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,21 +24,12 @@ from safetensors.torch import load_file, save_file
 
 import model as model_file
 from dpo import dpo_loss
-from model import GPT2, GPT2Config, Rows, add_adapters, generate, merge_adapters, save_pretrained
+from model import GPT2, GPT2Config, add_adapters, generate, in_rows, merge_adapters, save_pretrained
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 61}
 SIZES = {"gpt2": (12, 12), "gpt2-medium": (24, 16), "gpt2-large": (36, 20), "gpt2-xl": (48, 25)}
 KERNELS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 PROMPTS = [[5, 17, 60, 2], [9], [33, 8, 8, 1, 40, 12, 7], [3, 3], [58, 21, 4]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are small: threads would wait for one another longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Files in the published layout, and two libraries that read them.
@@ -241,10 +233,10 @@ def test_a_flat_batch_computes_what_padded_rows_do(ours):
     """One prompt (5, 6) with the responses (7, 8, 9) and (10,), each token once: the last one
     stands in another row, at position 2. Logits and gradients are those of two rows."""
     tokens, positions = torch.tensor([5, 6, 7, 8, 9, 10]), torch.tensor([0, 1, 2, 3, 4, 2])
-    attend = Rows((torch.tensor([[0, 1, 5]]), torch.tensor([[0, 1, 2, 3, 4]])),
-                  back=torch.tensor([0, 4, 5, 6, 7, 2]))  # the prompt's results from either row
-    one_group = Rows((torch.tensor([[0, 1, 2, 3, 4], [0, 1, 5, 3, 2]]),),  # pads: any token
-                     back=torch.tensor([5, 1, 2, 3, 4, 7]))
+    attend = partial(in_rows, rows=(torch.tensor([[0, 1, 5]]), torch.tensor([[0, 1, 2, 3, 4]])),
+                     back=torch.tensor([0, 4, 5, 6, 7, 2]))  # the prompt's results: either row's
+    one_group = partial(in_rows, rows=(torch.tensor([[0, 1, 2, 3, 4], [0, 1, 5, 3, 2]]),),
+                        back=torch.tensor([5, 1, 2, 3, 4, 7]))  # pads: any token
     padded = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 10, 0, 0]])
     weight, gradients = torch.linspace(-1, 2, 6 * 61).view(6, 61), []
     expected = ours(padded)[[0, 0, 0, 0, 0, 1], [0, 1, 2, 3, 4, 2]]

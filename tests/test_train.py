@@ -32,15 +32,6 @@ CLOCK = ("tokens_per_second", "seconds_left")  # all that may differ between two
 ROWS, TESTS = 21, 4  # single-turn pairs in each subset's two files
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are small: threads would wait for one another longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # A world to train in: a model, and files like those of hh-rlhf.
 
 def dialogue(prompt: str, answer: str) -> str:
