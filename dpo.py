@@ -4,9 +4,9 @@ Read in this order: VARIANTS, dpo_loss (equation 7), response_logp (what goes in
 objectives, cosine_lr, train_step, val_step, reference_logp, fit. Needs torch alone.
 
 A batch is any object with tokens (any shape), pairs (B,) int64: which pairs of the data set it
-holds, and lengths: of its responses in tokens. A policy is a callable, a module if it is to be
-trained on several GPUs: policy(batch) gives the log-probabilities of the responses in nats, (2B,),
-chosen first (an SFT policy's (B,): chosen alone).
+holds, and lengths (2B,) int64: of its responses in tokens. A policy is a callable, in torch's
+DistributedDataParallel if it trains on several GPUs: policy(batch) gives the log-probabilities of
+the responses in nats, (2B,), chosen first (an SFT policy's (B,): chosen alone).
 """
 
 import math
@@ -53,8 +53,8 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     Takes four (B,) logps: log p(response | prompt), in nats, summed over the response; and, for the
     variants in PER_TOKEN, the responses' lengths, (B,), to divide them by. Returns loss, chosen
     reward, rejected reward, (B,) each; no gradient through the rewards, none to the reference.
-    Raises ValueError unless beta is above 0, for an unknown variant, and for an option that it does
-    not use.
+    Raises ValueError unless beta is above 0, for an unknown variant, for an option that it does not
+    use, and for lengths that it lacks.
 
     >>> logp = torch.tensor([-3.0])
     >>> loss, _, _ = dpo_loss(logp, logp, logp, logp, beta=0.1)
@@ -65,12 +65,13 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     for tokens in (chosen_tokens, rejected_tokens):
         if (tokens is not None) != (variant in PER_TOKEN):
             raise ValueError(f"{variant}: {' and '.join(PER_TOKEN)} need lengths, others none")
-    chosen = beta * (policy_chosen - reference_chosen.detach())
-    rejected = beta * (policy_rejected - reference_rejected.detach())
+    chosen_reward = beta * (policy_chosen - reference_chosen.detach())
+    rejected_reward = beta * (policy_rejected - reference_rejected.detach())
     if variant in PER_TOKEN:
-        chosen, rejected = chosen / chosen_tokens, rejected / rejected_tokens
-    loss = VARIANTS[variant](chosen - rejected, beta, label_smoothing)
-    return loss, chosen.detach(), rejected.detach()
+        chosen_reward = chosen_reward / chosen_tokens
+        rejected_reward = rejected_reward / rejected_tokens
+    loss = VARIANTS[variant](chosen_reward - rejected_reward, beta, label_smoothing)
+    return loss, chosen_reward.detach(), rejected_reward.detach()
 
 
 def check_options(beta: float, variant: str, label_smoothing: float) -> None:
@@ -85,43 +86,44 @@ def check_options(beta: float, variant: str, label_smoothing: float) -> None:
 
 
 class LogPartition(torch.autograd.Function):
-    """The log of the sum of exp(hidden @ weight.T) over the vocabulary: (M,), float32 at least.
+    """The log of the sum of exp(hidden @ (weight - center).T) over the vocabulary: (M,).
 
-    hidden (M, C), weight (V, C). Logits exist for `chunk` words of the vocabulary at a time. The
-    gradient of hidden is the softmax's mean of weight, so it is made in the forward pass, where the
-    softmax is, with sums that are rescaled when a larger logit comes (Milakov and Gimelshein 2018,
-    arXiv:1805.02867). That of weight makes the softmax anew.
+    hidden (M, C), weight (V, C), center (C,); float32 at least. Logits exist for `chunk` words of
+    the vocabulary at a time. The gradient of hidden is the softmax's mean of weight - center, so it
+    is made in the forward pass, where the softmax is, with sums that are rescaled when a larger
+    logit comes (Milakov and Gimelshein 2018, arXiv:1805.02867). That of weight makes the softmax
+    anew; center gets none.
     """
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
-        kind, ctx.chunk, ctx.dtypes = hidden.device.type, chunk, (hidden.dtype, weight.dtype)
+    def forward(ctx, hidden: Tensor, weight: Tensor, center: Tensor, chunk: int) -> Tensor:
+        kind, ctx.chunk, ctx.dtype = hidden.device.type, chunk, hidden.dtype
         if torch.is_autocast_enabled(kind):
-            hidden, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (hidden, weight))
+            hidden = hidden.to(torch.get_autocast_dtype(kind))
         precise = torch.promote_types(hidden.dtype, torch.float32)
-        mean = torch.zeros_like(hidden, dtype=precise)  # sums, until they are divided by `total`
-        total, top = mean.new_zeros(len(mean), 1), mean.new_full((len(mean), 1), -math.inf)
+        mean = torch.zeros_like(hidden, dtype=precise)  # a sum, until it is divided by `z`
+        z, top = mean.new_zeros(len(mean), 1), mean.new_full((len(mean), 1), -math.inf)
         for words in weight.split(chunk):
+            words = (words - center).to(hidden.dtype)
             logits, old = (hidden @ words.T).to(precise), top  # (M, chunk)
             top = torch.maximum(old, logits.amax(-1, keepdim=True))
             exp, scale = logits.sub_(top).exp_(), (old - top).exp_()
-            total = total * scale + exp.sum(-1, keepdim=True)
+            z = z * scale + exp.sum(-1, keepdim=True)
             if ctx.needs_input_grad[0]:
                 mean = mean * scale + exp.to(hidden.dtype) @ words
-        log_z = top + total.log()  # (M, 1)
-        ctx.save_for_backward(hidden, weight, log_z, mean.div_(total))
+        log_z = top + z.log()  # (M, 1)
+        ctx.save_for_backward(hidden, weight, center, log_z, mean.div_(z))
         return log_z[:, 0]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (hidden, weight, log_z, mean), grad = ctx.saved_tensors, grad[:, None]
-        if not ctx.needs_input_grad[1]:
-            return (mean * grad).to(ctx.dtypes[0]), None, None
-        d_weight = torch.empty_like(weight, dtype=ctx.dtypes[1])
-        for start in range(0, len(weight), ctx.chunk):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden, weight, center, log_z, mean), grad = ctx.saved_tensors, grad[:, None]
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(weight) if d_weight is not None else 0, ctx.chunk):
             words = slice(start, start + ctx.chunk)
-            softmax = (hidden @ weight[words].T).to(log_z.dtype).sub_(log_z).exp_()
+            logits = hidden @ (weight[words] - center).to(hidden.dtype).T
+            softmax = logits.to(log_z.dtype).sub_(log_z).exp_()
             d_weight[words] = softmax.mul_(grad).to(hidden.dtype).T @ hidden
-        return (mean * grad).to(ctx.dtypes[0]), d_weight, None
+        return (mean * grad).to(ctx.dtype), d_weight, None, None
 
 
 def response_logp(hidden: Tensor, weight: Tensor, targets: Tensor, response: Tensor,
@@ -133,8 +135,9 @@ def response_logp(hidden: Tensor, weight: Tensor, targets: Tensor, response: Ten
     came; response (M,) int64: whose they are. No other token's logits are computed, and never more
     than M x chunk of them at once.
 
-    Sums over tokens, and the logits of the targets, are float32 at least, also under autocast:
-    bf16 numbers near 100, where GPT-2's logits lie, are 0.5 apart, and near 200 they are 1 apart.
+    Sums over tokens, and the logits of the targets, are float32 at least, also under autocast. All
+    logits are taken about their mean: the softmax doesn't change, but bf16 numbers near -100, where
+    GPT-2's logits lie, are 0.5 apart, and near 0 far closer.
 
     >>> weight = torch.tensor([[0.0], [math.log(3)]])  # the logits are 0 and hidden * log 3
     >>> logp = response_logp(torch.tensor([[0.0], [1.0], [1.0]]), weight,
@@ -143,8 +146,9 @@ def response_logp(hidden: Tensor, weight: Tensor, targets: Tensor, response: Ten
     tensor([0.3750, 0.2500])
     """
     precise = torch.promote_types(hidden.dtype, torch.float32)
-    target = (hidden.to(precise) * F.embedding(targets, weight).to(precise)).sum(-1)  # (M,) logits
-    logp = target - LogPartition.apply(hidden, weight, chunk)
+    center = weight.detach().mean(0)  # no gradient: it would cancel
+    target = (hidden.to(precise) * (F.embedding(targets, weight) - center).to(precise)).sum(-1)
+    logp = target - LogPartition.apply(hidden, weight, center, chunk)
     return logp.new_zeros(responses).index_add(0, response, logp)
 
 
@@ -165,9 +169,9 @@ def dpo_objective(reference: Tensor, beta: float, variant: str = "sigmoid",
 
     def objective(logp: Tensor, batch: object) -> dict[str, Tensor]:
         (chosen, rejected), lengths = logp.chunk(2), batch.lengths.chunk(2)
-        ref_chosen, ref_rejected = reference[batch.pairs].to(logp).unbind(1)
+        ref = reference[batch.pairs.to(reference.device)].to(logp)  # it may stay on the CPU
         loss, chosen_reward, rejected_reward = dpo_loss(
-            chosen, rejected, ref_chosen, ref_rejected, beta, variant, label_smoothing,
+            chosen, rejected, *ref.unbind(1), beta, variant, label_smoothing,
             *(lengths if variant in PER_TOKEN else ()))
         margin = chosen_reward - rejected_reward
         return {"loss": loss + sft_coef * -chosen / lengths[0],
@@ -258,7 +262,7 @@ def train_step(policy: Callable, micro_batches: list, optimizer: torch.optim.Opt
 
 def _sums(metrics: dict[str, Tensor], batch: object) -> dict[str, float]:
     """Each metric summed over the batch's pairs, and their number; one wait for the device."""
-    sums = torch.stack([m.detach().double().sum() for m in metrics.values()]).tolist()
+    sums = torch.stack([*metrics.values()]).detach().cpu().double().sum(1).tolist()
     return dict(zip(metrics, sums, strict=True)) | {
         "pairs": len(batch.pairs), "tokens": batch.tokens.numel()}
 
@@ -277,8 +281,8 @@ def reference_logp(policy: Callable, batches: Iterable, pairs: int,
                    autocast: Context = nullcontext) -> Tensor:
     """The policy's logp of the `pairs` of a data set, before it trains: (pairs, 2) float32, CPU.
 
-    The reference never changes, so what it says of the data is data: computed once, by the very
-    model that training starts from, and no second model stands in memory.
+    The reference never changes, so what it says of the data is data: computed once, before the
+    model becomes the policy, and no second model stands in memory.
     """
     table = torch.zeros(pairs, 2)
     for batch in batches:
@@ -316,12 +320,12 @@ def fit(update: Callable[[int], dict[str, float]], validate: Callable[[], dict[s
         max_skipped: int = 20) -> dict:
     """Make `steps` updates, or until `patience` validations in a row brought no lower loss.
 
-    update(step) makes one and gives train_step's sums; validate() means, "loss" among them. log
-    takes "train" (means since its last call) and "val". save(kind, state) stores and says where:
-    "best", at step 0 and where the validation loss is the lowest so far; "last", at each validation
-    and every save_every steps. From the state of a "last", with all that update uses as it was, the
-    run goes on as if it had not stopped. Returns the state. FloatingPointError after max_skipped
-    skips in a row.
+    update(step) makes one and gives train_step's sums; validate() gives means, "loss" among them.
+    log takes "train" (means since the last such call) and "val". save(kind, state) stores and says
+    where: "best", at step 0 and where the validation loss is the lowest so far; "last", at each
+    validation and every save_every steps. From the state of a "last", with all that update uses as
+    it was, the run goes on as if it had not stopped. Returns the state. FloatingPointError after
+    max_skipped skips in a row.
     """
     fresh, state = not state, dict(state or START)
 

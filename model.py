@@ -1,9 +1,9 @@
 """GPT-2 in one file: the model, generation, adapters, and OpenAI's weights in and out.
 
 Read in this order: causal and in_rows (how tokens see each other); GPT2 and its parts; generate;
-adapters; files. Needs torch alone. Letters: B rows of T tokens, or N flat ones, C = n_embd, H heads
-of D = C / H, V vocabulary. No dropout: DPO compares a policy with its reference token by token, and
-one that flips coins differs from it before it has learnt anything.
+adapters; files. Needs torch and numpy. Letters: B rows of T tokens, or N flat ones, C = n_embd, H
+heads of D = C / H, V vocabulary. No dropout: DPO compares a policy with its reference token by
+token, and one that flips coins differs from it before it has learnt anything.
 """
 
 import json
@@ -127,7 +127,7 @@ class GPT2(nn.Module):
         """What the head reads: (B, T, C), or (M, C) at the M flattened tokens that `at` names.
 
         All int64: tokens (B, T), or of any shape that `attend` takes, positions of the same, and at
-        (M,). Raises ValueError for rows longer than the context.
+        (M,). Raises ValueError for rows longer than the context, where positions are not given.
         """
         if positions is None:
             length, context = tokens.shape[-1], self.config.n_positions
@@ -177,7 +177,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
         before = ordered.cumsum(-1) - ordered  # the probability of the likelier ones
         ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0.0
         p = p.scatter(-1, order, ordered)
-    # By the inverse of the distribution function, as torch.multinomial draws a number a token.
+    # By the inverse of the distribution function: torch.multinomial draws a number for each token.
     cdf = p.cumsum(-1)
     drawn = 1 - torch.rand(len(p), 1, generator=generator, device=p.device)  # in (0, 1]
     return torch.searchsorted(cdf, drawn * cdf[:, -1:])[:, 0]
@@ -234,7 +234,7 @@ def strongest(model: GPT2, mlp: MLP, text: Tensor, width: int) -> MLP:
     seen: list[Tensor] = []
     with mlp.c_proj.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs)):
         model.hidden(text)
-    values, w = seen[0].flatten(0, 1).double(), mlp.c_proj.weight.double()  # (B * T, n), (C, n)
+    values, w = (t.cpu().double() for t in (seen[0].flatten(0, 1), mlp.c_proj.weight))
     order = (values.square().mean(0).sqrt() * w.norm(dim=0)).argsort(descending=True)
     kept, others = order[:width].sort().values, order[width:]
     basis = F.pad(values[:, kept], (0, 1), value=1.0)  # (B * T, width + 1), the last for the bias

@@ -55,7 +55,7 @@ class Config:
     compile: bool = option(False, "compile the model; the first updates take minutes")
     max_tokens: int = option(512, "of a prompt and one answer; a longer answer is cut")
     max_prompt_tokens: int = option(256, "of a prompt; a longer one is cut from the left")
-    val_share: float = option(0.1, "of the training prompts, kept for validation")
+    val_share: float = option(0.1, "of the prompts, for validation; of your own as much for test")
     adapter: str = option("parallel", "of the MLPs", "parallel", "replace", "none")
     adapter_width: int = option(64, "neurons of an adapter")
     adapter_init: str = option("scratch", "pretrained: of the MLP's own", "scratch", "pretrained")
@@ -70,9 +70,9 @@ class Config:
     lr: float = option(0.0, "peak learning rate of DPO; 0: 1e-6 (the paper's) for none, else 1e-4")
     warmup_share: float = option(0.1, "of the updates: the rate grows linearly, then a cosine")
     batch_pairs: int = option(32, "pairs in an update, all processes together")
-    micro_pairs: int = option(32, "pairs in a forward and backward pass; fewer need less memory")
+    micro_pairs: int = option(32, "pairs in a pass of one process; fewer need less memory")
     max_norm: float = option(1.0, "the norm to which a gradient is clipped")
-    vals_per_epoch: int = option(4, "validations in an epoch, and one before the first update")
+    vals_per_epoch: int = option(4, "validations in an epoch, at least; one comes before them")
     patience: int = option(4, "validations in a row without a lower loss that end training")
     log_every: int = option(10, "updates between two lines")
     save_every: int = option(100, "updates between two saves; each validation saves too")
@@ -87,6 +87,8 @@ class Config:
         dpo.check_options(self.beta, self.loss, self.label_smoothing)
         if self.adapter_init != "scratch" and self.adapter != "replace":
             raise ValueError("--adapter_init pretrained: expected with --adapter replace alone")
+        if self.demo and (self.pairs or not self.sft_epochs):
+            raise ValueError("--demo: expected its own pairs, and some --sft_epochs")
 
 
 DEMO = {"out": "out/demo", "dtype": "float32", "max_tokens": 100, "max_prompt_tokens": 60,
@@ -206,8 +208,7 @@ class Run:
     def objective(self, reference: Tensor) -> dpo.Objective:
         """DPO's, for a part with these reference log-probabilities, (pairs, 2)."""
         c = self.config
-        return dpo.dpo_objective(reference.to(self.device), c.beta, c.loss, c.label_smoothing,
-                                 c.sft_coef)
+        return dpo.dpo_objective(reference, c.beta, c.loss, c.label_smoothing, c.sft_coef)
 
 
 def evaluate(policy: Policy, pairs: list[data.TokenPair], objective: dpo.Objective, run: Run,
@@ -302,7 +303,7 @@ def load(config: Config) -> tuple[GPT2, tiktoken.Encoding]:
         return (GPT2.from_pretrained(data.fetch_model(config.model) if named else config.model),
                 tiktoken.get_encoding("gpt2"))
     model = GPT2(GPT2Config(2, 4, 128, 128, 257, 512))
-    nn.init.normal_(model.wte.weight, std=0.1)  # so narrow a model needs bytes further apart
+    nn.init.normal_(model.wte.weight, std=0.1)  # the demo's cure, see README
     return model, tiktoken.Encoding(
         "bytes", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 256},
         mergeable_ranks={bytes([i]): i for i in range(256)})
@@ -377,8 +378,8 @@ def run(config: Config) -> int:
                  config.adapter_layers)
     if config.adapter != "replace":  # then the policy begins as its reference
         batch = next(data.batches(parts["train"], EVAL_PAIRS, config.seed))[0].to(out.device)
-        dpo.check_start(policy, batch, reference["train"].to(out.device), config.beta, out.autocast,
-                        1e-6 if out.dtype == torch.float32 else 5e-3)
+        dpo.check_start(policy, batch, reference["train"], config.beta, out.autocast,
+                        config.beta * (1e-5 if out.dtype == torch.float32 else 5e-2))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"model  {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} train | "
           f"{out.device.type}, {str(out.dtype)[6:]} | torch {torch.__version__}", flush=True)
@@ -398,7 +399,7 @@ def run(config: Config) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 for a whole run, 1 for a demo below its goal, 2 and one line for what its user can mend."""
+    """0: a whole run, 1: a demo below its goal, 2 and one line: what its user can mend, 130: ^C."""
     try:
         return run(parse(argv))
     except (ValueError, OSError, FloatingPointError) as error:
