@@ -3,7 +3,7 @@
 Contenders take turns, each in a process of its own: it warms up on the shortest pairs, then makes
 one step on the round's batch. All have the same pairs, weights (GPT-2 124M's shape, random), AdamW
 and bf16 autocast. First their float32 losses are compared, two updates after the start, on a small
-model. Needs trl, peft and transformers: pip install -r requirements-bench.txt
+model. Needs, beside requirements-dev.txt: pip install trl peft
 """
 
 import argparse
@@ -358,6 +358,32 @@ def scaling(pairs: list[data.TokenPair], sizes: list[int]) -> None:
               f"{result['peak']:.2f} |", flush=True)
 
 
+def precision(pairs: list[data.TokenPair], path: str) -> None:
+    """How far bf16 autocast is from float32: logps, loss and gradient of 32 random pairs.
+
+    The reference is the model itself, its logps moved by up to a nat each so that losses differ.
+    """
+    rng, found = np.random.default_rng(0), []
+    some = [pairs[i] for i in rng.permutation(len(pairs))[:32]]
+    batch, moved = data.flatten(some, np.arange(32)), torch.from_numpy(rng.uniform(-1, 1, (32, 2)))
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = Policy(GPT2.from_pretrained(path))
+        with autocast(dtype, "cpu"):
+            logp = policy(batch)
+        if not found:
+            reference = logp.detach().view(2, -1).T + moved
+        loss = dpo.dpo_objective(reference, BETA)(logp, batch)["loss"].mean()
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters()]).double()
+        found.append((logp.detach(), loss.item(), gradient))
+    (logp, loss, gradient), (low_logp, low_loss, low_gradient) = found
+    off = (low_logp - logp).abs()
+    print(f"bf16 against float32: a response's logp off by {off.mean():.3f} nats on average, "
+          f"{off.max():.3f} at most (they are {logp.mean():.0f} on average); loss {low_loss:.6f} "
+          f"against {loss:.6f}; gradient off by {(low_gradient - gradient).norm():.2e} of "
+          f"{gradient.norm():.2e}, cosine {F.cosine_similarity(low_gradient, gradient, dim=0):.5f}")
+
+
 def show(jobs: dict[str, dict], seconds: dict[str, list], memory: dict[str, float],
          rate: float) -> None:
     """Both tables, as Markdown."""
@@ -382,6 +408,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="turns of each contender")
     parser.add_argument("--batches", type=int, default=2, help="of 16 pairs, in a turn")
     parser.add_argument("--scaling", action="store_true", help="only our step, at several sizes")
+    parser.add_argument("--precision", default="", help="only bf16 against float32, this model's")
     parser.add_argument("--only", default="", help="contenders whose names hold this")
     parser.add_argument("--turn", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -398,6 +425,8 @@ def main() -> None:
     print(platform.machine(), torch.get_num_threads(), "threads")
     if args.scaling:
         return scaling(pairs, [8, 16, 32, 64, 128])
+    if args.precision:
+        return precision(pairs, args.precision)
     check_losses(pairs, jobs)
     with tempfile.TemporaryDirectory() as name:
         folder, seconds, memory = Path(name), {who: [] for who in jobs}, dict.fromkeys(jobs, 0.0)
