@@ -62,9 +62,8 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     0.6931
     """
     check_options(beta, variant, label_smoothing)
-    for tokens in (chosen_tokens, rejected_tokens):
-        if (tokens is not None) != (variant in PER_TOKEN):
-            raise ValueError(f"{variant}: {' and '.join(PER_TOKEN)} need lengths, others none")
+    if {chosen_tokens is None, rejected_tokens is None} != {variant not in PER_TOKEN}:
+        raise ValueError(f"{variant}: {' and '.join(PER_TOKEN)} need lengths, others none")
     chosen_reward = beta * (policy_chosen - reference_chosen.detach())
     rejected_reward = beta * (policy_rejected - reference_rejected.detach())
     if variant in PER_TOKEN:
@@ -88,11 +87,10 @@ def check_options(beta: float, variant: str, label_smoothing: float) -> None:
 class LogPartition(torch.autograd.Function):
     """The log of the sum of exp(hidden @ (weight - center).T) over the vocabulary: (M,).
 
-    hidden (M, C), weight (V, C), center (C,); float32 at least. Logits exist for `chunk` words of
-    the vocabulary at a time. The gradient of hidden is the softmax's mean of weight - center, so it
-    is made in the forward pass, where the softmax is, with sums that are rescaled when a larger
-    logit comes (Milakov and Gimelshein 2018, arXiv:1805.02867). That of weight makes the softmax
-    anew; center gets none.
+    hidden (M, C), weight (V, C), center (C,); float32 at least. Logits exist for `chunk` words at a
+    time. The gradient of hidden is the softmax's mean of weight - center: made in the forward pass,
+    by sums that are rescaled when a larger logit comes (Milakov and Gimelshein 2018,
+    arXiv:1805.02867). That of weight makes the softmax anew; center gets none.
     """
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, center: Tensor, chunk: int) -> Tensor:
@@ -130,14 +128,12 @@ def response_logp(hidden: Tensor, weight: Tensor, targets: Tensor, response: Ten
                   responses: int, chunk: int = 2048) -> Tensor:
     """Log-probability of each response, given what stands before it: (responses,), in nats.
 
-    hidden (M, C): what the model's head reads at the M tokens before a response's tokens; weight
-    (V, C): the head's, so that logits are hidden @ weight.T. targets (M,) int64: the tokens that
-    came; response (M,) int64: whose they are. No other token's logits are computed, and never more
-    than M x chunk of them at once.
+    hidden (M, C): what the head reads at the M tokens before a response's tokens; weight (V, C):
+    the head's. targets (M,) int64: the tokens that came; response (M,) int64: whose they are. No
+    other token's logits are computed, and never more than M x chunk of them at once.
 
-    Sums over tokens, and the logits of the targets, are float32 at least, also under autocast. All
-    logits are taken about their mean: the softmax doesn't change, but bf16 numbers near -100, where
-    GPT-2's logits lie, are 0.5 apart, and near 0 far closer.
+    Sums, and the logits of the targets, are float32 at least, also under autocast. All are taken
+    about their mean: bf16 numbers near -100, where GPT-2's logits lie, are 0.5 apart.
 
     >>> weight = torch.tensor([[0.0], [math.log(3)]])  # the logits are 0 and hidden * log 3
     >>> logp = response_logp(torch.tensor([[0.0], [1.0], [1.0]]), weight,
@@ -187,8 +183,8 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
               final: float = 0.1) -> float:
     """The learning rate of update number `step`, from 0 to total_steps - 1.
 
-    Linear from peak / warmup_steps (no update is wasted on 0) to peak, reached by the last of the
-    warm-up; then half a cosine from peak to final * peak, reached by the last of all.
+    Linear from peak / warmup_steps (no update is wasted on 0) to peak, at the last of the warm-up;
+    then half a cosine from peak to final * peak, at the last of all.
 
     >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
@@ -215,10 +211,7 @@ def add(sums: dict[str, float], more: dict[str, float]) -> dict[str, float]:
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
-    """Means over pairs of what train_step and val_step return, added up.
-
-    The gradient's norm and the rate are means over updates. Skipped updates alone have none: {}.
-    """
+    """Of sums: means over pairs; "grad_norm" and "lr" over updates; {} of skipped updates alone."""
     pairs, updates = max(1, sums.get("pairs", 0)), max(1, sums.get("updates", 0))
     return {key: value / (updates if key in ("grad_norm", "lr") else pairs)
             for key, value in sums.items() if key not in ("pairs", "tokens", "updates", "skipped")}
@@ -236,8 +229,7 @@ def train_step(policy: Callable, micro_batches: list, optimizer: torch.optim.Opt
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     pairs = total({"pairs": sum(len(batch.pairs) for batch in micro_batches)})["pairs"]
-    sums: dict[str, float] = {}
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    sums, world = {}, dist.get_world_size() if dist.is_initialized() else 1
     for i, batch in enumerate(micro_batches):
         more = hasattr(policy, "no_sync") and i < len(micro_batches) - 1
         with policy.no_sync() if more else nullcontext():  # DDP: reduce once, at the end
@@ -279,10 +271,9 @@ def val_step(policy: Callable, batch: object, objective: Objective,
 @torch.no_grad()
 def reference_logp(policy: Callable, batches: Iterable, pairs: int,
                    autocast: Context = nullcontext) -> Tensor:
-    """The policy's logp of the `pairs` of a data set, before it trains: (pairs, 2) float32, CPU.
+    """The logp of a data set's `pairs` under the policy before it trains: (pairs, 2) float32, CPU.
 
-    The reference never changes, so what it says of the data is data: computed once, before the
-    model becomes the policy, and no second model stands in memory.
+    The reference never changes, so what it says of the data is data, computed once.
     """
     table = torch.zeros(pairs, 2)
     for batch in batches:
@@ -295,16 +286,14 @@ def check_start(policy: Callable, batch: object, reference: Tensor, beta: float,
                 autocast: Context, tolerance: float) -> None:
     """Before DPO's first update the policy is the reference: rewards are 0 and the loss is ln 2.
 
-    reference (pairs, 2): see reference_logp. What is left is rounding, which differs between
-    `batch` and the batches of the reference's pass. Raises ValueError where the mean loss or a mean
-    reward over `batch` is off by `tolerance` or more.
+    What is left is rounding, which differs between `batch` and the batches of reference_logp.
+    Raises ValueError where the mean loss or a mean reward is off by `tolerance` or more.
     """
     start = means(val_step(policy, batch, dpo_objective(reference, beta), autocast))
-    ln2 = math.log(2)
-    loss, chosen, rejected = (start[k] for k in ("loss", "rewards/chosen", "rewards/rejected"))
-    found = (f"loss {loss:.7f}, mean rewards {chosen:+.1e} and {rejected:+.1e}; expected {ln2:.7f} "
-             f"and 0 within {tolerance:.0e}")
-    if not all(abs(off) < tolerance for off in (loss - ln2, chosen, rejected)):
+    off = start["loss"] - math.log(2), start["rewards/chosen"], start["rewards/rejected"]
+    found = (f"loss {start['loss']:.7f}, mean rewards {off[1]:+.1e} and {off[2]:+.1e}; expected "
+             f"{math.log(2):.7f} and 0 within {tolerance:.0e}")
+    if not all(abs(x) < tolerance for x in off):
         raise ValueError(f"before DPO: {found}: the policy is not its reference; look for dropout, "
                          f"a stale reference, an adapter that changes the model, a wrong mask")
     print(f"start  {found}", flush=True)
@@ -350,9 +339,9 @@ def fit(update: Callable[[int], dict[str, float]], validate: Callable[[], dict[s
                   "skipped": state["skipped"] + sums.get("skipped", 0),
                   "skipped_in_row": state["skipped_in_row"] + 1 if "skipped" in sums else 0}
         if state["skipped_in_row"] == max_skipped:
-            raise FloatingPointError(
-                f"{max_skipped} updates in a row, up to {step}, had no finite gradient; the last "
-                f"good checkpoint: {state['best_at'] or 'none'}; try a lower rate")
+            raise FloatingPointError(f"{max_skipped} updates in a row, up to {step}, had no finite "
+                                     f"gradient; the last good checkpoint: "
+                                     f"{state['best_at'] or 'none'}; try a lower rate")
         if step % log_every == 0 or step == steps:
             left = (time.perf_counter() - start) / (step - first) * (steps - step)
             log("train", step, means(state["window"]) | {

@@ -3,7 +3,8 @@
 The paper's figure 2 for DPO with several beta, beside the exact optimum of RLHF's objective,
 pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x) (its equation 4). The true reward is 4 for an
 answer with an exclamation mark and 0 for others, so pi* depends on the reference's share of such
-answers alone. KL is sampled: a mean of log pi(y|x) - log pi_ref(y|x) over the policy's answers. Needs matplotlib.
+answers alone. KL is sampled: a mean of log pi(y|x) - log pi_ref(y|x) over the policy's answers.
+Needs matplotlib.
 """
 
 import argparse
