@@ -74,7 +74,7 @@ def test_the_example_for_transformers_models_gives_their_log_probabilities():
     tokens, mask = torch.randint(30, (4, 9)), torch.zeros(4, 9, dtype=torch.bool)
     for row, (first, last) in enumerate(((2, 5), (4, 9), (1, 3), (6, 7))):
         mask[row, first:last] = True
-    names = {"model": model, "tokens": tokens, "mask": mask, "reference_logp": torch.zeros(4),
+    names = {"model": model, "tokens": tokens, "mask": mask, "reference": torch.zeros(4),
              "response_logp": dpo.response_logp, "dpo_loss": dpo.dpo_loss}
     exec(code, names)
     expected = []
