@@ -52,7 +52,6 @@ class Config:
     demo: bool = option(False, "a tiny model on made-up pairs; needs no download")
     seed: int = option(0, "of the order of the pairs and of new weights")
     dtype: str = option("auto", "of matrix products", "auto", "float32", "bfloat16", "float16")
-    compile: bool = option(False, "compile the model; the first updates take minutes")
     max_tokens: int = option(512, "of a prompt and one answer; a longer answer is cut")
     max_prompt_tokens: int = option(256, "of a prompt; a longer one is cut from the left")
     val_share: float = option(0.1, "of the prompts, for validation; of your own as much for test")
@@ -242,9 +241,7 @@ def train_stage(stage: str, model: GPT2, parts: dict[str, list], reference: dict
     micro_batches = (batch for epoch in itertools.count(done) for batch in data.batches(
         parts["train"], c.batch_pairs, c.seed, epoch, skip if epoch == done else 0, run.rank,
         run.world, c.micro_pairs, sides))
-    learner = torch.compile(policy, dynamic=True) if c.compile else policy
-    if run.world > 1:
-        learner = nn.parallel.DistributedDataParallel(learner)
+    learner = nn.parallel.DistributedDataParallel(policy) if run.world > 1 else policy
 
     def update(step: int) -> dict[str, float]:
         for group in optimizer.param_groups:

@@ -96,8 +96,6 @@ def ours(job: dict, batches: list[list[data.TokenPair]], device: str) -> list:
         add_adapters(model, layers=job["layers"])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, results = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True), []
-    if job["compile"]:
-        policy = torch.compile(policy, dynamic=True)
     for n, batch in zip(first, batches, strict=False):
         clock = begin(device)
         if "flat" in ideas:
@@ -278,7 +276,7 @@ BARS = [("ours, full", "trl, defaults"), ("ours, full", "trl, at its best"),
 def take_turn(job: dict, folder: Path, numbers: list[int], dtype: str) -> dict:
     """The results of a job in a new process; its last words if it fails."""
     job = {"folder": str(folder), "numbers": numbers, "dtype": dtype, "adapters": False,
-           "layers": 0, "compile": False} | job
+           "layers": 0} | job
     job["batches"] = str(folder / f"{job.get('batches', 'random')}.json")
     done = subprocess.run([sys.executable, __file__, "--turn", json.dumps(job)], text=True,
                           capture_output=True, env=os.environ | job.get("env", {}))
