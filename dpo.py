@@ -132,8 +132,8 @@ def response_logp(hidden: Tensor, weight: Tensor, targets: Tensor, response: Ten
     the head's. targets (M,) int64: the tokens that came; response (M,) int64: whose they are. No
     other token's logits are computed, and never more than M x chunk of them at once.
 
-    Sums, and the logits of the targets, are float32 at least, also under autocast. All are taken
-    about their mean: bf16 numbers near -100, where GPT-2's logits lie, are 0.5 apart.
+    Sums, and the logits of the targets, are float32 at least, also under autocast. Logits
+    are taken about the mean word's: bf16 numbers near -100, where GPT-2's lie, are 0.5 apart.
 
     >>> weight = torch.tensor([[0.0], [math.log(3)]])  # the logits are 0 and hidden * log 3
     >>> logp = response_logp(torch.tensor([[0.0], [1.0], [1.0]]), weight,

@@ -234,6 +234,7 @@ def strongest(model: GPT2, mlp: MLP, text: Tensor, width: int) -> MLP:
     seen: list[Tensor] = []
     with mlp.c_proj.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs)):
         model.hidden(text)
+    # In float64, on the CPU as MPS has none: (B * T, n) and (C, n)
     values, w = (t.cpu().double() for t in (seen[0].flatten(0, 1), mlp.c_proj.weight))
     order = (values.square().mean(0).sqrt() * w.norm(dim=0)).argsort(descending=True)
     kept, others = order[:width].sort().values, order[width:]

@@ -44,7 +44,7 @@ def option(default, help: str, *choices: str):
 class Config:
     """Every option: type, default and help, once. Raises ValueError for a number out of range."""
     model: str = option("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or file")
-    hh_dir: str = option("hh-rlhf", "where <subset>/<split>.jsonl.gz are, or are downloaded to")
+    hh_dir: str = option("hh-rlhf", "where SUBSET/SPLIT.jsonl.gz are, or are downloaded to")
     subsets: str = option(",".join(data.SUBSETS), "which of hh-rlhf, separated by commas")
     pairs: str = option("", "a JSONL file of your own pairs, to use instead of hh-rlhf")
     out: str = option("out", "the run's folder")
@@ -55,9 +55,11 @@ class Config:
     max_tokens: int = option(512, "of a prompt and one answer; a longer answer is cut")
     max_prompt_tokens: int = option(256, "of a prompt; a longer one is cut from the left")
     val_share: float = option(0.1, "of the prompts, for validation; of your own as much for test")
-    adapter: str = option("parallel", "of the MLPs", "parallel", "replace", "none")
+    adapter: str = option("parallel", "small MLPs beside the frozen ones, or for them, or none",
+                          "parallel", "replace", "none")
     adapter_width: int = option(64, "neurons of an adapter")
-    adapter_init: str = option("scratch", "pretrained: of the MLP's own", "scratch", "pretrained")
+    adapter_init: str = option("scratch", "of replace: random, or the MLP's strongest neurons",
+                               "scratch", "pretrained")
     adapter_layers: int = option(0, "how many of the upper layers have adapters; 0: all")
     beta: float = option(0.1, "pull towards the reference; the paper: 0.1, on TL;DR 0.5")
     loss: str = option("sigmoid", "the variant of the DPO loss, see dpo.py", *dpo.VARIANTS)
@@ -154,8 +156,9 @@ class Run:
             other = [f"--{name} {value}, not {options.get(name)}" for name, value in begun.items()
                      if value != options.get(name) and name != "out"]  # it may have been moved
             if other or not begun or not self.config.resume:
-                raise ValueError(f"{path}: {'; '.join(other) or 'of a run' if begun else 'no run'}:"
-                                 f" expected --resume, and its options, or another --out")
+                found = "; ".join(other) or "a run is there" if begun else "not of a run"
+                raise ValueError(f"{path}: {found}: expected --resume and the options that the run "
+                                 f"began with, or another --out")
             if (last := self.folder / "last.pt").exists():
                 self.saved = torch.load(last, map_location="cpu", weights_only=True)
         self.wait()  # no process writes before all have looked
@@ -267,6 +270,7 @@ WELL_FORMED = re.compile(r" [0-9][!.]<\|endoftext\|>")
 
 
 def demo_pairs(count: int, seed: int) -> list[data.Pair]:
+    """Preferences in that world."""
     rng, pairs = random.Random(seed), []
     verbs = "Name List Give Tell Find Pick Show Send Type Read".split()
     kinds = "lucky short plain quiet small round happy pretty clever simple".split()

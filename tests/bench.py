@@ -1,9 +1,10 @@
 """Measure one optimizer step, and generation, against the peers: python tests/bench.py
 
 Contenders take turns, each in a process of its own: it warms up on the shortest pairs, then makes
-one step on the round's batch. All have the same pairs, weights (GPT-2 124M's shape, random), AdamW
-and bf16 autocast. First their float32 losses are compared, two updates after the start, on a small
-model. Needs, beside requirements-dev.txt: pip install trl peft
+a step on each of the round's batches. All have the same pairs, weights (GPT-2 124M's shape,
+random), AdamW and bf16 autocast. First the float32 losses of those that train all weights are
+compared, up to two updates after the start, on a small model. Needs, beside
+requirements-dev.txt: pip install trl peft
 """
 
 import argparse
@@ -306,7 +307,7 @@ def prepare(folder: Path, config: GPT2Config, pairs: list[data.TokenPair], count
 
 
 def check_losses(pairs: list[data.TokenPair], jobs: dict[str, dict]) -> None:
-    """All contenders' losses in float32, before and after two updates of a small model."""
+    """The losses in float32 of those that train all weights, before and after two updates."""
     short = [p for p in pairs if max(map(len, p)) < 60]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -384,7 +385,7 @@ def precision(pairs: list[data.TokenPair], path: str) -> None:
 
 def show(jobs: dict[str, dict], seconds: dict[str, list], memory: dict[str, float],
          rate: float) -> None:
-    """Both tables, as Markdown."""
+    """Both tables, as Markdown. Speeds and ratios are of all pairs and all seconds, not medians."""
     speed = {who: len(times) / sum(times) for who, times in seconds.items()}
     print("\n| a step on 16 pairs | median s | pairs/s | peak GB | useful arithmetic |\n"
           "|---|---|---|---|---|")
