@@ -1,7 +1,8 @@
 """The README's results on real pairs: python tests/results.py --model FOLDER --hh_dir FOLDER
 
-One SFT, then a run of train.py for each row, whose command is printed. Then answers to the test
-prompts are sampled from every model, the same number of tokens at most, at temperature 1.
+A run of train.py for each row, whose command is printed; rows without an SFT of their own begin
+with the first row's. Then answers to the test prompts are sampled from every model, the same number
+of tokens at most, at temperature 1. Rows that rows.json in --out holds already are not run again.
 """
 
 import argparse
@@ -22,11 +23,11 @@ import judge
 import train
 from model import GPT2
 
-SUBSETS = "helpful-base,helpful-rejection-sampled"
+SHARED = {"subsets": "helpful-base,helpful-rejection-sampled", "epochs": 2}
 PARALLEL, NONE = {"lr": 1e-3}, {"adapter": "none", "lr": 2e-5}
-REPLACE = {"adapter": "replace", "adapter_width": 256, "lr": 3e-4, "sft_coef": 1.0}
-ROWS = {"parallel": PARALLEL, "none": NONE, "replace, scratch": REPLACE,
-        "replace, pretrained": REPLACE | {"adapter_init": "pretrained"},
+REPLACE = NONE | {"adapter": "replace", "adapter_width": 256, "sft_epochs": 4, "sft_lr": 1e-3}
+ROWS = {"parallel": PARALLEL | {"sft_epochs": 2, "sft_lr": 1e-4}, "none": NONE,
+        "replace, scratch": REPLACE, "replace, pretrained": REPLACE | {"adapter_init": "pretrained"},
         **{f"parallel, beta {beta}": PARALLEL | {"beta": beta} for beta in (0.05, 0.3, 0.5)},
         **{f"{name}, seed {seed}": options | {"seed": seed} for seed in (1, 2)
            for name, options in (("parallel", PARALLEL), ("none", NONE))}}
@@ -57,36 +58,35 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="as for train.py")
     parser.add_argument("--hh_dir", default="hh-rlhf", help="as for train.py")
     parser.add_argument("--out", default="out/results", help="a folder for the runs")
-    parser.add_argument("--only", default="", help="rows whose names hold this")
     args = parser.parse_args()
     conftest.offline_vocabulary()
     out = Path(args.out)
-    shared = {"hh_dir": args.hh_dir, "subsets": SUBSETS}
-    sft = shared | {"model": args.model, "sft_epochs": 2, "sft_lr": 1e-4, "out": out / "parallel",
-                    "epochs": 2} | PARALLEL
-    after = shared | {"model": out / "parallel" / "sft", "sft_epochs": 0, "epochs": 2}
-    pairs = [pair for path in data.fetch_hh(args.hh_dir, SUBSETS.split(","), "test")
+    pairs = [pair for path in data.fetch_hh(args.hh_dir, SHARED["subsets"].split(","), "test")
              for pair in data.read_pairs(path)[0]]
-    prompts, rows = sorted({pair.prompt for pair in pairs}), {}
-    for name, options in ROWS.items():
-        if args.only in name:
-            options = sft if name == "parallel" else after | {
-                "out": out / re.sub(r"\W+", "_", name)} | options
-            words, start = command(options), time.perf_counter()
-            print("+ python train.py", *words, flush=True)
-            code = train.main(words)
-            rows[name] = {"seconds": time.perf_counter() - start, "code": code}
-            folder = Path(options["out"])
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-            test = next(line for line in lines if line["kind"] == "test")
-            reference = GPT2.from_pretrained(out / "parallel" / "sft").requires_grad_(False)
-            rows[name] |= test | describe(folder / "best", reference, prompts, folder) | {
-                "best_step": [x["best_step"] for x in lines if x["kind"] == "val"][-1]}
-            (out / "rows.json").write_text(json.dumps(rows, indent=1))
+    prompts = sorted({pair.prompt for pair in pairs})
+    done = out / "rows.json"
+    rows = json.loads(done.read_text()) if done.exists() else {}
+    for name in [name for name in ROWS if name not in rows]:
+        folder, own = out / re.sub(r"\W+", "_", name), "sft_epochs" in ROWS[name]
+        sft = (folder if own else out / "parallel") / "sft"
+        words, start = command({"hh_dir": args.hh_dir, "out": folder, **SHARED, **(
+            {"model": args.model} if own else {"model": sft, "sft_epochs": 0}), **ROWS[name]}
+            ), time.perf_counter()
+        print("+ python train.py", *words, flush=True)
+        code = train.main(words)
+        row = {"seconds": time.perf_counter() - start, "code": code}
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        test = next(line for line in lines if line["kind"] == "test")
+        reference = GPT2.from_pretrained(sft).requires_grad_(False)
+        rows[name] = row | test | describe(folder / "best", reference, prompts, folder) | {
+            "sft": [x["best"] for x in lines if x["stage"] == "sft"][-1] if own else None,
+            "best_step": [x["best_step"] for x in lines if x["kind"] == "val"][-1]}
+        done.write_text(json.dumps(rows, indent=1))
+    reference = GPT2.from_pretrained(out / "parallel" / "sft").requires_grad_(False)
     rows["after SFT"] = describe(out / "parallel" / "sft", reference, prompts, out)
     rows["before SFT"] = describe(Path(args.model), reference, prompts, out)
     rows["chosen"] = judge.describe([pair.chosen for pair in pairs], [])
-    (out / "rows.json").write_text(json.dumps(rows, indent=1))
+    done.write_text(json.dumps(rows, indent=1))
     columns = {"loss": ("loss", ".4f"), "accuracy": ("rewards/accuracies", ".3f"),
                "±": ("accuracy_half_interval", ".3f"), "margin": ("rewards/margins", ".3f"),
                "chosen": ("rewards/chosen", ".2f"), "KL": ("KL", ".2f"), "±  ": ("KL error", ".2f"),
