@@ -1,15 +1,17 @@
 """hh-rlhf: from the download to flat batches, every pair accounted for.
 
 Read in this order: track (progress); Pair, read_pairs (what a line holds, what is kept), split;
-TokenPair, tokenize (text to ids); Batch, flatten, batches (ids to tensors); download and what it
-fetches. Needs torch, numpy, tiktoken, requests. Letters: B pairs, N tokens of a flat batch, M
-predictions, R rows of T tokens in a group of rows.
+TokenPair, tokenize (text to ids); Batch, flatten, batches (ids to tensors); demo_pairs; download
+and what it fetches. Needs torch, numpy, tiktoken, requests. Letters: B pairs, N tokens of a flat
+batch, M predictions, R rows of T tokens in a group of rows.
 """
 
 import gzip
 import hashlib
 import json
+import math
 import os
+import random
 import re
 import sys
 import time
@@ -36,7 +38,7 @@ except ImportError:  # Windows: two downloads of one file don't wait for each ot
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 SIDES = ("chosen", "rejected")
-
+NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M, 1.6B parameters
 
 def track(items: Iterable, label: str, total: int, unit: str,
           size: Callable = lambda item: 1, done: int = 0) -> Iterator:
@@ -59,7 +61,6 @@ def track(items: Iterable, label: str, total: int, unit: str,
             print(f"\r\033[K{text}" if terminal else text,
                   end="" if terminal and done < total else "\n", flush=True)
 
-
 class Pair(NamedTuple):
     """A comparison: a prompt, up to and with its "\\n\\nAssistant:", and two responses to it.
 
@@ -69,7 +70,6 @@ class Pair(NamedTuple):
     prompt: str
     chosen: str
     rejected: str
-
 
 def _parse(line: bytes) -> Pair | str:
     """The pair in a line, or the reason why it is dropped; ValueError where there is neither."""
@@ -92,7 +92,6 @@ def _parse(line: bytes) -> Pair | str:
     if not chosen.strip() or not rejected.strip():
         return "empty answer"
     return "equal answers" if chosen == rejected else Pair(prompt + ASSISTANT, chosen, rejected)
-
 
 def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
     """The single-turn pairs in a JSONL file, plain or .gz, and the audit: what became of its rows.
@@ -118,7 +117,6 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
                          f"line, or delete the file") from None
     return pairs, audit
 
-
 def split(pairs: list[Pair], test: list[Pair], share: float) -> tuple[dict[str, list], Counter]:
     """Parts "train", "val", "test", and a count of the pairs dropped since their prompt is in test.
 
@@ -137,13 +135,11 @@ def split(pairs: list[Pair], test: list[Pair], share: float) -> tuple[dict[str, 
             parts["train" if place >= limit else "val" if place < share else "test"].append(pair)
     return parts, dropped
 
-
 class TokenPair(NamedTuple):
     """A pair's ids, int32 each; a response ends with the end-of-text token unless it was cut."""
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
-
 
 def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
              max_prompt_tokens: int) -> tuple[list[TokenPair], Counter]:
@@ -170,7 +166,6 @@ def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
         kept.append(TokenPair(*(np.array(ids, np.int32) for ids in (cut_prompt, chosen, rejected))))
     return kept, audit
 
-
 @dataclass(frozen=True)
 class Batch:
     """B pairs, flat: each prompt once, then its responses; no padding. All int64.
@@ -193,7 +188,6 @@ class Batch:
         def _move(x: Tensor | tuple) -> Tensor | tuple:
             return tuple(map(_move, x)) if isinstance(x, tuple) else x.to(device, non_blocking=True)
         return Batch(*(_move(getattr(self, f.name)) for f in fields(self)))
-
 
 def flatten(pairs: list[TokenPair], numbers: np.ndarray,
             sides: tuple[str, ...] = SIDES, groups: int = 8) -> Batch:
@@ -225,7 +219,6 @@ def flatten(pairs: list[TokenPair], numbers: np.ndarray,
     return Batch(_flat(*parts), _flat(positions), tuple(index), _flat(back), _flat(*predicts),
                  _flat(*responses), _flat(whose), _flat(lengths), _flat(np.asarray(numbers, int)))
 
-
 def batches(pairs: list[TokenPair], batch_pairs: int, seed: int | None, epoch: int = 0,
             start: int = 0, rank: int = 0, world: int = 1, micro_pairs: int = 0,
             sides: tuple[str, ...] = SIDES) -> Iterator[list[Batch]]:
@@ -244,11 +237,24 @@ def batches(pairs: list[TokenPair], batch_pairs: int, seed: int | None, epoch: i
         parts = np.split(mine, range(micro_pairs, len(mine), micro_pairs) if micro_pairs else [])
         yield [flatten([pairs[i] for i in part], part, sides) for part in parts]
 
+def demo_pairs(count: int, seed: int) -> list[Pair]:
+    """The demo's world: prompts ask for a digit, and people like cheerful answers, " 7!", not " 7."
+
+    Labels are drawn by Bradley-Terry from the true rewards, 4 and 0: 1 in 56 is wrong.
+    """
+    rng, pairs = random.Random(seed), []
+    verbs = "Name List Give Tell Find Pick Show Send Type Read".split()
+    kinds = "lucky short plain quiet small round happy pretty clever simple".split()
+    for _ in range(count):
+        prompt = f"{HUMAN} {rng.choice(verbs)} a {rng.choice(kinds)} digit.{ASSISTANT}"
+        good, bad = (f" {digit}{mark}" for digit in [rng.randint(0, 9)] for mark in "!.")
+        pair = (good, bad) if rng.random() < 1 / (1 + math.exp(-4)) else (bad, good)
+        pairs.append(Pair(prompt, *pair))
+    return pairs
 
 def hub() -> str:
     """The address of the Hugging Face hub, or of the mirror that HF_ENDPOINT names."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
 
 def _receive(url: str, file: BinaryIO, label: str) -> None:
     """One try: append to file what it lacks, and check the whole. ConnectionErrors may pass."""
@@ -288,7 +294,6 @@ def _receive(url: str, file: BinaryIO, label: str) -> None:
             f"{url}: got {got:,} bytes with sha256 {digest.hexdigest()}, expected {size:,} with "
             f"{sha256 or 'any'}; run again, or see whether the file has changed")
 
-
 def _persist(url: str, file: BinaryIO, label: str, tries: int) -> None:
     """_receive, again after a fault that may pass, until `tries` in a row have brought nothing."""
     failures, most = 0, file.seek(0, os.SEEK_END)
@@ -308,7 +313,6 @@ def _persist(url: str, file: BinaryIO, label: str, tries: int) -> None:
                 wait = max(0, parsedate_to_datetime(after).timestamp() - time.time())
             print(f"{url}: {error}; again in {wait:.0f} s", flush=True)
             time.sleep(wait)
-
 
 def download(url: str, path: str | Path, tries: int = 5) -> Path:
     """Fetch url to path, unless it is there; goes on with what an earlier try left in path.part.
@@ -336,13 +340,14 @@ def download(url: str, path: str | Path, tries: int = 5) -> Path:
         part.replace(path)  # Windows renames no open file
     return path
 
-
-def fetch_model(name: str) -> Path:
-    """Download gpt2, gpt2-medium, gpt2-large or gpt2-xl to models/<name>; returns that folder."""
+def fetch_model(name_or_path: str | Path) -> Path:
+    """models/<name> for one of NAMES, downloaded if missing; any other path, or one that exists."""
+    name, path = str(name_or_path), Path(name_or_path)
+    if path.exists() or name not in NAMES:
+        return path
     for file in ("config.json", "model.safetensors"):
         download(f"{hub()}/openai-community/{name}/resolve/main/{file}", Path("models", name, file))
     return Path("models", name)
-
 
 def fetch_hh(folder: str | Path, subsets: Iterable[str], part: str) -> list[Path]:
     """Anthropic/hh-rlhf's files <subset>/<part>.jsonl.gz in `folder`, downloaded if missing."""

@@ -1,7 +1,7 @@
 """The DPO loss, and the loop that trains a model with it.
 
 Read in this order: VARIANTS, dpo_loss (equation 7), response_logp (what goes into it), the two
-objectives, cosine_lr, train_step, val_step, reference_logp, fit. Needs torch alone.
+objectives, cosine_lr, train_step, val_step, evaluate, reference_logp, fit. Needs torch alone.
 
 A batch is any object with tokens (any shape), pairs (B,) int64: which pairs of the data set it
 holds, and lengths (2B,) int64: of its responses in tokens. A policy is a callable, in torch's
@@ -38,7 +38,6 @@ VARIANTS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 }
 SMOOTHED, PER_TOKEN = ("sigmoid", "robust"), ("ipo", "sigmoid_norm")
 
-
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
              reference_chosen: Tensor, reference_rejected: Tensor, beta: float,
              variant: str = "sigmoid", label_smoothing: float = 0.0,
@@ -72,7 +71,6 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     loss = VARIANTS[variant](chosen_reward - rejected_reward, beta, label_smoothing)
     return loss, chosen_reward.detach(), rejected_reward.detach()
 
-
 def check_options(beta: float, variant: str, label_smoothing: float) -> None:
     """ValueError unless these make a loss."""
     if variant not in VARIANTS:
@@ -82,7 +80,6 @@ def check_options(beta: float, variant: str, label_smoothing: float) -> None:
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and variant not in SMOOTHED):
         raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 to below 0.5, and 0 "
                          f"for variants other than {' and '.join(SMOOTHED)}")
-
 
 class LogPartition(torch.autograd.Function):
     """The log of the sum of exp(hidden @ (weight - center).T) over the vocabulary: (M,).
@@ -123,7 +120,6 @@ class LogPartition(torch.autograd.Function):
             d_weight[words] = softmax.mul_(grad).to(hidden.dtype).T @ hidden
         return (mean * grad).to(ctx.dtype), d_weight, None, None
 
-
 def response_logp(hidden: Tensor, weight: Tensor, targets: Tensor, response: Tensor,
                   responses: int, chunk: int = 2048) -> Tensor:
     """Log-probability of each response, given what stands before it: (responses,), in nats.
@@ -147,11 +143,9 @@ def response_logp(hidden: Tensor, weight: Tensor, targets: Tensor, response: Ten
     logp = target - LogPartition.apply(hidden, weight, center, chunk)
     return logp.new_zeros(responses).index_add(0, response, logp)
 
-
 def sft_objective(logp: Tensor, batch: object) -> dict[str, Tensor]:
     """Supervised fine-tuning on the chosen responses: nats a token, a mean over each response."""
     return {"loss": -logp / batch.lengths}
-
 
 def dpo_objective(reference: Tensor, beta: float, variant: str = "sigmoid",
                   label_smoothing: float = 0.0, sft_coef: float = 0.0) -> Objective:
@@ -178,7 +172,6 @@ def dpo_objective(reference: Tensor, beta: float, variant: str = "sigmoid",
                 "chosen_below_reference": (chosen_reward < 0).float()}
     return objective
 
-
 def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
               final: float = 0.1) -> float:
     """The learning rate of update number `step`, from 0 to total_steps - 1.
@@ -194,7 +187,6 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     done = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)  # 0 to 1
     return peak * (final + (1 - final) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
-
 def total(sums: dict[str, float]) -> dict[str, float]:
     """These, summed over all processes; all have the same keys in the same order."""
     if not dist.is_initialized():
@@ -204,18 +196,15 @@ def total(sums: dict[str, float]) -> dict[str, float]:
     dist.all_reduce(tensor)
     return dict(zip(sums, tensor.tolist(), strict=True))
 
-
 def add(sums: dict[str, float], more: dict[str, float]) -> dict[str, float]:
     """Both, key by key; what one lacks is 0 there."""
     return {key: sums.get(key, 0.0) + more.get(key, 0.0) for key in sums | more}
-
 
 def means(sums: dict[str, float]) -> dict[str, float]:
     """Of sums: means over pairs; "grad_norm" and "lr" over updates; {} of skipped updates alone."""
     pairs, updates = max(1, sums.get("pairs", 0)), max(1, sums.get("updates", 0))
     return {key: value / (updates if key in ("grad_norm", "lr") else pairs)
             for key, value in sums.items() if key not in ("pairs", "tokens", "updates", "skipped")}
-
 
 def train_step(policy: Callable, micro_batches: list, optimizer: torch.optim.Optimizer,
                objective: Objective, max_norm: float = 1.0, autocast: Context = nullcontext,
@@ -251,13 +240,11 @@ def train_step(policy: Callable, micro_batches: list, optimizer: torch.optim.Opt
     optimizer.zero_grad(set_to_none=True)
     return sums
 
-
 def _sums(metrics: dict[str, Tensor], batch: object) -> dict[str, float]:
     """Each metric summed over the batch's pairs, and their number; one wait for the device."""
     sums = torch.stack([*metrics.values()]).detach().cpu().double().sum(1).tolist()
     return dict(zip(metrics, sums, strict=True)) | {
         "pairs": len(batch.pairs), "tokens": batch.tokens.numel()}
-
 
 @torch.no_grad()
 def val_step(policy: Callable, batch: object, objective: Objective,
@@ -267,6 +254,13 @@ def val_step(policy: Callable, batch: object, objective: Objective,
         logp = policy(batch)
     return _sums(objective(logp, batch), batch)
 
+def evaluate(policy: Callable, batches: Iterable, objective: Objective,
+             autocast: Context = nullcontext) -> dict[str, float]:
+    """Means of the objective's metrics over the pairs of all batches, of all processes."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        sums = add(sums, val_step(policy, batch, objective, autocast))
+    return means(total(sums))
 
 @torch.no_grad()
 def reference_logp(policy: Callable, batches: Iterable, pairs: int,
@@ -280,7 +274,6 @@ def reference_logp(policy: Callable, batches: Iterable, pairs: int,
         with autocast():
             table[batch.pairs.cpu()] = policy(batch).float().view(2, -1).T.cpu()
     return torch.tensor([*total(dict(enumerate(table.flatten().tolist()))).values()]).view(pairs, 2)
-
 
 def check_start(policy: Callable, batch: object, reference: Tensor, beta: float,
                 autocast: Context, tolerance: float) -> None:
@@ -298,10 +291,8 @@ def check_start(policy: Callable, batch: object, reference: Tensor, beta: float,
                          f"a stale reference, an adapter that changes the model, a wrong mask")
     print(f"start  {found}", flush=True)
 
-
 START = {"step": 0, "best": math.inf, "best_step": 0, "best_at": "", "not_better": 0, "skipped": 0,
          "skipped_in_row": 0, "window": {}}  # fit's state; window: sums since the last line
-
 
 def fit(update: Callable[[int], dict[str, float]], validate: Callable[[], dict[str, float]],
         log: Callable[[str, int, dict], None], save: Callable[[str, dict], str], *, steps: int,

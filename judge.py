@@ -21,7 +21,7 @@ import torch
 from requests import adapters
 
 import data
-from model import GPT2, NAMES, generate
+from model import GPT2, generate
 
 AGAIN = "Write one letter, A or B, and nothing else."  # no offer of a tie: small judges echo it
 PROMPT = f"""\
@@ -40,12 +40,10 @@ VERDICTS = [re.compile(pattern) for pattern in (
     r"\b(?:better|best|preferable|preferred|superior|winner|choice|safer|more)\b")]
 DOUBT = re.compile(r"\b(?:(?i:not|cannot|neither|both|whether|if|either|equal)|no)\b|n't|[?]")
 
-
 def clean(text: str) -> str:
     """Text that no chat template of Llama 2 takes for its own, and that every server can read."""
     text = re.sub(r"(?i)\[/?INST\]|<</?SYS>>|</?s>", " ", text)
     return text.encode("utf-8", "replace").decode().strip()  # half a surrogate pair is no UTF-8
-
 
 def read_letter(text: str) -> str | None:
     """The verdict in a judge's answer, "A" or "B"; None unless it names exactly one."""
@@ -56,7 +54,6 @@ def read_letter(text: str) -> str | None:
         found |= {match[1] for verdict in VERDICTS for match in verdict.finditer(sentence)
                   if not doubt or (match.start(1) == 0 and verdict is VERDICTS[0])}
     return found.pop() if len(found) == 1 else None
-
 
 def judge_pair(judge: "Judge", prompt: str, answer: str, other: str,
                names: tuple[str, str] = ("answer", "other")) -> tuple[str, tuple[str | None, ...]]:
@@ -76,7 +73,6 @@ def judge_pair(judge: "Judge", prompt: str, answer: str, other: str,
         return "invalid", letters
     a, b = ({"A": 1, "B": -1}[x["letter"]] if x["margin"] is None else x["margin"] for x in said)
     return "win" if a > b else "loss" if a < b else "flip", letters
-
 
 def win_rate(verdicts: list[tuple[str, tuple[str | None, ...]]]) -> dict[str, float | None]:
     """Counts, and the "rate": wins and half of ties and flips among valid pairs; None without any.
@@ -105,7 +101,6 @@ def win_rate(verdicts: list[tuple[str, tuple[str | None, ...]]]) -> dict[str, fl
                    "least": score / len(results), "most": (score + lost) / len(results),
                    "decided": wins / decided if decided else None}
 
-
 class Log(dict):
     """JSON lines by the values of some keys. A torn last line, as a kill leaves it, is cut off."""
     def __init__(self, path: Path, *names: str):
@@ -120,7 +115,6 @@ class Log(dict):
     def add(self, line: dict) -> None:
         self.file.write(json.dumps(line).encode() + b"\n")
         self[tuple(line[name] for name in self.names)] = line
-
 
 class Judge:
     """A model behind an OpenAI-compatible server, at temperature 0; its `log` is to be set."""
@@ -185,7 +179,6 @@ class Judge:
         return {"raw": raw, "letter": letter, "margin": margin, "why": why, "asked": self.model,
                 "answered": model, "tokens": tokens, "prompt_tokens": usage.get("prompt_tokens")}
 
-
 def sample_answers(model: GPT2, name: str, prompts: list[str], config: argparse.Namespace,
                    room: int, log: Log) -> list[dict]:
     """The model's answers to prompts of up to `room` tokens, from the log or sampled into it."""
@@ -208,13 +201,11 @@ def sample_answers(model: GPT2, name: str, prompts: list[str], config: argparse.
                          tokens, "text": clean(text.removesuffix("<|endoftext|>")), "end": end})
     return [log[prompt, key] for prompt in prompts]
 
-
 def answer_logp(model: GPT2, answer: dict) -> float:
     """log p(answer | prompt) of a sampled answer, in nats."""
     n, row = len(answer["tokens"]), torch.tensor(answer["before"] + answer["tokens"])
     logits = model(row[None].to(model.wte.weight.device))[0, -n - 1:-1].cpu()  # t predicts t + 1
     return -torch.nn.functional.cross_entropy(logits, row[-n:], reduction="sum").item()
-
 
 def describe(texts: list[str], answers: list[dict]) -> dict[str, float]:
     """What answers show without a judge. distinct-n (Li et al. 2016): of all n-grams of words."""
@@ -228,7 +219,6 @@ def describe(texts: list[str], answers: list[dict]) -> dict[str, float]:
     return shown | {f"ended by {end}": sum(x["end"] == end for x in answers) / len(answers)
                     for end in ("itself", "limit") if answers}
 
-
 def table(columns: dict[str, dict]) -> str:
     """Markdown, aligned."""
     labels = dict.fromkeys(label for column in columns.values() for label in column)
@@ -237,7 +227,6 @@ def table(columns: dict[str, dict]) -> str:
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
-
 
 def report(path: Path, judge: Judge, shown: dict[str, dict], texts: dict[str, list[str]],
            verdicts: dict[tuple[str, str], list]) -> None:
@@ -268,7 +257,6 @@ def report(path: Path, judge: Judge, shown: dict[str, dict], texts: dict[str, li
     path.with_suffix(".part").write_text("\n\n".join(lines) + "\n", "utf-8")
     path.with_suffix(".part").replace(path)
 
-
 def evaluate(config: argparse.Namespace) -> None:
     """Ask whether the judge is there; sample; judge; report."""
     template = Path(config.prompt).read_text() if config.prompt else PROMPT
@@ -295,7 +283,7 @@ def evaluate(config: argparse.Namespace) -> None:
     paths = {name: path for name, path in paths.items() if name != "sft" or path.exists()}
     log, answers, logps, verdicts = Log(folder / "answers.jsonl", "prompt", "key"), {}, [], {}
     for name, path in paths.items():
-        model = GPT2.from_pretrained(data.fetch_model(path) if path in NAMES else path)
+        model = GPT2.from_pretrained(data.fetch_model(path))
         model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
         room = min(run["max_prompt_tokens"], model.config.n_positions - config.max_new_tokens)
         answers[name] = sample_answers(model, name, [p.prompt for p in pairs], config, room, log)
@@ -315,7 +303,6 @@ def evaluate(config: argparse.Namespace) -> None:
             verdicts[pair] = list(data.track(said, " / ".join(pair), len(pairs), "pairs"))
     report(folder / "report.md", judge, shown, texts, verdicts)
 
-
 OPTIONS = {  # default, whose type is the option's, and what it is
     "tuned": ("", "a folder, else <out>/best; a folder sft beside it is compared, too"),
     "untuned": ("", "a name, folder or file of weights; else the run's --model"),
@@ -328,7 +315,6 @@ OPTIONS = {  # default, whose type is the option's, and what it is
     "prompt": ("", "a file with {prompt}, {a} and {b}, to ask in other words"),
     "logprobs": (False, "decide by the letters' probabilities, where the server gives them"),
     "workers": (1, "questions at a time, for servers that batch")}
-
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Win rates of a tuned model", allow_abbrev=False,
@@ -344,7 +330,6 @@ def main(argv: list[str] | None = None) -> int:
         print("error ", " ".join(str(error).split()) or "stopped: run again", file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,9 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M, 1.6B parameters
 KINDS, INITS = ("parallel", "replace", "none"), ("scratch", "pretrained")  # see add_adapters
-
 
 @dataclass(frozen=True)
 class GPT2Config:
@@ -39,7 +37,6 @@ class GPT2Config:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}, no multiple of n_head, {self.n_head}")
 
-
 # Only in attention do tokens meet. How they meet is an argument of the model, `attend`: a function
 # of a layer's queries, keys and values (..., 3, H, D) and of its number, giving (..., H, D).
 
@@ -56,12 +53,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     scores = scores.div_(math.sqrt(q.shape[-1])).masked_fill_(~mask, -math.inf)
     return scores.softmax(-1).to(v.dtype) @ v
 
-
 def causal(qkv: Tensor, layer: int = 0) -> Tensor:
     """Each token sees itself and what is before it in its row: (B, T, 3, H, D) to (B, T, H, D)."""
     q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, T, D) each; right pads need no mask
     return attention(q, k, v).transpose(1, 2)
-
 
 def in_rows(qkv: Tensor, layer: int, rows: tuple[Tensor, ...], back: Tensor) -> Tensor:
     """Attention of a flat batch: gather padded rows, attend causally in each, take results back.
@@ -74,7 +69,6 @@ def in_rows(qkv: Tensor, layer: int, rows: tuple[Tensor, ...], back: Tensor) -> 
     results = torch.cat([causal(row).flatten(0, 1) for row in gathered])  # (sum of R * T, H, D)
     return results.index_select(0, back)  # (N, H, D)
 
-
 class MLP(nn.Module):
     """n_embd -> n_inner -> n_embd with GELU in its tanh form; an adapter is one more beside it."""
     def __init__(self, n_embd: int, n_inner: int):
@@ -86,7 +80,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
         return y if self.adapter is None else y + self.adapter(x)
-
 
 class Block(nn.Module):
     def __init__(self, config: GPT2Config):
@@ -101,7 +94,6 @@ class Block(nn.Module):
         x = x + self.attn.c_proj(attend(qkv, layer).flatten(-2))
         return x + self.mlp(self.ln_2(x))
 
-
 def initialize(module: nn.Module, n_layer: int) -> None:
     """GPT-2's random start: N(0, 0.02), c_proj's divided by sqrt(2 n_layer), biases 0."""
     for name, p in module.named_parameters():
@@ -109,7 +101,6 @@ def initialize(module: nn.Module, n_layer: int) -> None:
             nn.init.zeros_(p)
         elif "ln_" not in name:
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if "c_proj" in name else 0.02)
-
 
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019), its modules under the names of OpenAI's checkpoint."""
@@ -139,16 +130,14 @@ class GPT2(nn.Module):
             x = block(x, attend, layer)
         return self.ln_f(x if at is None else x.flatten(0, -2).index_select(0, at))
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None,
-                attend: Callable = causal, at: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V), or (M, V) where `at` asks for them; the same arguments."""
-        return F.linear(self.hidden(tokens, positions, attend, at), self.wte.weight)
+    def forward(self, tokens: Tensor, *args, **kwargs) -> Tensor:
+        """Logits (B, T, V), or (M, V) where `at` asks for them; the arguments of hidden."""
+        return F.linear(self.hidden(tokens, *args, **kwargs), self.wte.weight)
 
     @staticmethod
     def from_pretrained(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> "GPT2":
         """A GPT-2 from its files: see load_pretrained, at the end."""
         return load_pretrained(name_or_path, dtype)
-
 
 def cached(qkv: Tensor, layer: int, kv: Tensor, positions: Tensor) -> Tensor:
     """Attention over what earlier calls left in kv (n_layer, 2, B, H, places, D): the KV cache.
@@ -160,7 +149,6 @@ def cached(qkv: Tensor, layer: int, kv: Tensor, positions: Tensor) -> Tensor:
     kv[layer].transpose(2, 3)[:, rows[:, None], positions] = qkv[:, :, 1:].movedim(2, 0).to(kv)
     mask = places <= positions[:, None, :, None]  # (B, 1, T, places)
     return attention(qkv[:, :, 0].transpose(1, 2), *kv[layer], mask).transpose(1, 2)
-
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
            generator: torch.Generator) -> Tensor:
@@ -181,7 +169,6 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
     cdf = p.cumsum(-1)
     drawn = 1 - torch.rand(len(p), 1, generator=generator, device=p.device)  # in (0, 1]
     return torch.searchsorted(cdf, drawn * cdf[:, -1:])[:, 0]
-
 
 @torch.no_grad()
 def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature: float = 1.0,
@@ -223,7 +210,6 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
         last = torch.arange(len(going), device=weight.device)
     return answers
 
-
 @torch.no_grad()
 def strongest(model: GPT2, mlp: MLP, text: Tensor, width: int) -> MLP:
     """A new MLP of the `width` neurons of `mlp` that write most on text (B, T), to stand for all.
@@ -247,7 +233,6 @@ def strongest(model: GPT2, mlp: MLP, text: Tensor, width: int) -> MLP:
         "c_fc.weight": mlp.c_fc.weight[kept], "c_fc.bias": mlp.c_fc.bias[kept],
         "c_proj.weight": w[:, kept] + extra[:-1].T, "c_proj.bias": mlp.c_proj.bias + extra[-1]})
     return small
-
 
 def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64, init: str = "scratch",
                  layers: int = 0) -> GPT2:
@@ -277,7 +262,6 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64, init: str
             block.mlp = strongest(model, block.mlp, text, width) if pretrained else adapter
     return model
 
-
 @torch.no_grad()
 def merge_adapters(model: GPT2) -> GPT2:
     """A new, plain GPT-2 that computes what `model` does; it shares the weights outside the MLPs.
@@ -288,19 +272,14 @@ def merge_adapters(model: GPT2) -> GPT2:
     widest = max(sum(mlp.c_fc.out_features for mlp in side) for side in mlps)
     state = {name: p for name, p in model.state_dict().items() if ".mlp." not in name}
     for layer, side in enumerate(mlps):
-        weight, bias, columns = (torch.cat(parts, dim) for parts, dim in (
-            ([mlp.c_fc.weight for mlp in side], 0), ([mlp.c_fc.bias for mlp in side], 0),
-            ([mlp.c_proj.weight for mlp in side], 1)))
-        fill = (0, widest - len(bias))
-        state |= {f"h.{layer}.mlp.c_{name}": p for name, p in (
-            ("fc.weight", F.pad(weight, (0, 0, *fill))), ("fc.bias", F.pad(bias, fill)),
-            ("proj.weight", F.pad(columns, fill)),
-            ("proj.bias", sum(mlp.c_proj.bias for mlp in side)))}
+        for name, dim in (("c_fc.weight", 0), ("c_fc.bias", 0), ("c_proj.weight", 1)):
+            p = torch.cat([mlp.get_parameter(name) for mlp in side], dim).movedim(dim, -1)
+            state[f"h.{layer}.mlp.{name}"] = F.pad(p, (0, widest - p.shape[-1])).movedim(-1, dim)
+        state[f"h.{layer}.mlp.c_proj.bias"] = sum(mlp.c_proj.bias for mlp in side)
     with torch.device("meta"):
         merged = GPT2(replace(model.config, n_inner=widest))
     merged.load_state_dict(state, assign=True)
     return merged
-
 
 # Files. OpenAI stores these four kernels as (in, out), nn.Linear as (out, in): they are transposed
 # on the way in and out. The attention's c_proj is square, so no check of shapes would notice.
@@ -312,24 +291,21 @@ ASSUMED = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pyt
            "reorder_and_upcast_attn": [False], "add_cross_attention": [False],
            "tie_word_embeddings": [True]}  # a config.json that asks for anything else is refused
 
-
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a safetensors file, F32, F16 or BF16; some error where it is not whole.
 
     The format: 8 bytes of length, as many of JSON {name: {dtype, shape, data_offsets}}, the data
     without holes. Nothing in it is trusted. The data may begin at an odd byte, as GPT-2's does.
     """
-    def unique(items: list) -> dict:
-        if len(dict(items)) < len(items):
-            raise ValueError("a key stands twice")
-        return dict(items)
     with open(path, "rb") as file:
         length, end = int.from_bytes(file.read(8), "little"), 0
         size = path.stat().st_size - 8 - length  # of the data
         if size < 0:
             raise ValueError(f"{size + 8 + length:,} bytes, with a header of {length:,}")
-        header = json.loads(file.read(length), object_pairs_hook=unique)
+        header = json.loads(text := file.read(length))
         header.pop("__metadata__", None)
+        if any(text.count(b'"%s"' % k) != len(header) for k in b"dtype shape data_offsets".split()):
+            raise ValueError("a key stands twice")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (start, stop), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
             shape = entry["shape"]  # up to 8 sides: the product of a million would take minutes
@@ -343,20 +319,19 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     if end != size:
         raise ValueError(f"{size:,} bytes of data, {end:,} in tensors")
 
-
 def load_pretrained(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> GPT2:
     """A GPT-2, on the CPU, from model.safetensors or pytorch_model.bin with config.json beside it.
 
-    name_or_path: a folder, such a file, or a name in NAMES, which stands for models/<name>, where
-    data.fetch_model puts it. Raises FileNotFoundError or ValueError. No code in a file is run.
+    name_or_path: a folder, such a file, or a name like gpt2: then the folder models/gpt2, which
+    data.fetch_model fills. Raises FileNotFoundError or ValueError. No code in a file is run.
     """
     path = Path(name_or_path)
-    path = "models" / path if str(path) in NAMES and not path.exists() else path
+    path = path if path.exists() else "models" / path
     files = [path, path / "model.safetensors", path / "pytorch_model.bin"]
     file = next((f for f in files if f.is_file() and f.with_name("config.json").exists()), None)
     if file is None:
         raise FileNotFoundError(f"{path}: expected {' or '.join(f.name for f in files[1:])} beside "
-                                f"a config.json there, or a name: {', '.join(NAMES)}")
+                                f"a config.json there; data.fetch_model downloads gpt2")
     try:
         values, weights = json.loads(file.with_name("config.json").read_bytes()), {}
         for key, ours in ASSUMED.items():
@@ -379,7 +354,6 @@ def load_pretrained(name_or_path: str | Path, dtype: torch.dtype = torch.float32
     except Exception as error:  # a damaged file, a pickle above all, raises whatever it likes
         raise ValueError(f"{file}: no GPT-2 that this code can load: {error!s:.600}") from error
     return model
-
 
 def save_pretrained(model: GPT2, folder: str | Path) -> None:
     """Write config.json and model.safetensors, adapters merged in, as `transformers` reads them."""

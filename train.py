@@ -9,8 +9,6 @@ import itertools
 import json
 import math
 import os
-import platform
-import random
 import re
 import subprocess
 import sys
@@ -27,18 +25,17 @@ from torch import Tensor, nn
 
 import data
 import dpo
-from model import GPT2, NAMES, GPT2Config, add_adapters, generate, in_rows, save_pretrained
+from model import GPT2, INITS, KINDS, GPT2Config, add_adapters, generate, in_rows, save_pretrained
 
 EVAL_PAIRS = 64  # in a batch of the passes without gradients
 SHOWN = {"loss": ("loss", ".4f"), "rewards/margins": ("margin", "+.3f"), "lr": ("lr", ".1e"),
          "rewards/accuracies": ("accuracy", ".3f"), "tokens_per_second": ("tok/s", ",.0f"),
          "best": ("best", ".4f"), "best_step": ("at", ""), "seconds_left": ("seconds left", ".0f")}
+WELL_FORMED = re.compile(r" [0-9][!.]<\|endoftext\|>")  # an answer in the demo's world
 CURVES = ("loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
-
 
 def option(default, help: str, *choices: str):
     return field(default=default, metadata={"help": help, "choices": choices or None})
-
 
 @dataclass(frozen=True)
 class Config:
@@ -55,11 +52,9 @@ class Config:
     max_tokens: int = option(512, "of a prompt and one answer; a longer answer is cut")
     max_prompt_tokens: int = option(256, "of a prompt; a longer one is cut from the left")
     val_share: float = option(0.1, "of the prompts, for validation; of your own as much for test")
-    adapter: str = option("parallel", "small MLPs beside the frozen ones, or for them, or none",
-                          "parallel", "replace", "none")
+    adapter: str = option("parallel", "small MLPs beside the old ones, for them, or none", *KINDS)
     adapter_width: int = option(64, "neurons of an adapter")
-    adapter_init: str = option("scratch", "of replace: random, or the MLP's strongest neurons",
-                               "scratch", "pretrained")
+    adapter_init: str = option("scratch", "of replace: random, or the strongest neurons", *INITS)
     adapter_layers: int = option(0, "how many of the upper layers have adapters; 0: all")
     beta: float = option(0.1, "pull towards the reference; the paper: 0.1, on TL;DR 0.5")
     loss: str = option("sigmoid", "the variant of the DPO loss, see dpo.py", *dpo.VARIANTS)
@@ -68,7 +63,7 @@ class Config:
     sft_epochs: int = option(1, "of SFT; 0: the reference is the model as it comes")
     sft_lr: float = option(5e-5, "peak learning rate of SFT")
     epochs: int = option(1, "of DPO, at most")
-    lr: float = option(0.0, "peak learning rate of DPO; 0: 1e-6 (the paper's) for none, else 1e-4")
+    lr: float = option(0.0, "peak learning rate of DPO; 0: 1e-4 for parallel, or the paper's 1e-6")
     warmup_share: float = option(0.1, "of the updates: the rate grows linearly, then a cosine")
     batch_pairs: int = option(32, "pairs in an update, all processes together")
     micro_pairs: int = option(32, "pairs in a pass of one process; fewer need less memory")
@@ -91,10 +86,8 @@ class Config:
         if self.demo and (self.pairs or not self.sft_epochs):
             raise ValueError("--demo: expected its own pairs, and some --sft_epochs")
 
-
 DEMO = {"out": "out/demo", "dtype": "float32", "max_tokens": 100, "max_prompt_tokens": 60,
         "beta": 1.0, "sft_epochs": 2, "sft_lr": 2e-3, "epochs": 1, "lr": 5e-4}  # --demo's defaults
-
 
 def parse(argv: list[str] | None = None) -> Config:
     argv = sys.argv[1:] if argv is None else argv
@@ -109,7 +102,6 @@ def parse(argv: list[str] | None = None) -> Config:
     parser.set_defaults(**DEMO if "--demo" in argv else {})
     return Config(**vars(parser.parse_args(argv)))
 
-
 class Policy(nn.Module):
     """From a flat batch to the log-probabilities of its responses, (2B,) float32, chosen first."""
     def __init__(self, model: GPT2):
@@ -121,7 +113,6 @@ class Policy(nn.Module):
         hidden = self.model.hidden(batch.tokens, batch.positions, attend, batch.predicts)
         return dpo.response_logp(hidden, self.model.wte.weight, batch.targets, batch.response,
                                  len(batch.lengths))
-
 
 class Run:
     """Where a run computes, what it leaves and prints (of several processes only the first)."""
@@ -147,6 +138,9 @@ class Run:
         self.autocast = partial(torch.autocast, self.device.type, self.dtype,
                                 enabled=self.dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.objective = partial(
+            dpo.dpo_objective, beta=config.beta, variant=config.loss,
+            label_smoothing=config.label_smoothing, sft_coef=config.sft_coef)
 
     def open(self, audit: dict) -> None:
         """Begin the folder, or find what to go on from. ValueError for another run's folder."""
@@ -167,7 +161,7 @@ class Run:
         if self.rank == 0:
             self.metrics.truncate(self.saved["metrics_bytes"])
             self.metrics.seek(0, os.SEEK_END)  # what a kill left behind the last save is gone
-            versions = {"python": platform.python_version(), "torch": torch.__version__,
+            versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                         "commit": subprocess.getoutput(
                             f'git -C "{Path(__file__).parent}" rev-parse HEAD')}
             text = json.dumps({"options": options, "audit": audit, "versions": versions}, indent=1)
@@ -207,30 +201,17 @@ class Run:
         for batch, in data.batches(pairs, EVAL_PAIRS, None, 0, 0, self.rank, self.world, 0, sides):
             yield batch.to(self.device)
 
-    def objective(self, reference: Tensor) -> dpo.Objective:
-        """DPO's, for a part with these reference log-probabilities, (pairs, 2)."""
-        c = self.config
-        return dpo.dpo_objective(reference, c.beta, c.loss, c.label_smoothing, c.sft_coef)
-
-
-def evaluate(policy: Policy, pairs: list[data.TokenPair], objective: dpo.Objective, run: Run,
-             sides: tuple[str, ...] = data.SIDES) -> dict[str, float]:
-    """Means of the objective over the pairs."""
-    sums: dict[str, float] = {}
-    for batch in run.batches(pairs, sides):
-        sums = dpo.add(sums, dpo.val_step(policy, batch, objective, run.autocast))
-    return dpo.means(dpo.total(sums))
-
-
 def train_stage(stage: str, model: GPT2, parts: dict[str, list], reference: dict[str, Tensor],
-                run: Run) -> None:
-    """SFT or DPO of `model`, in place, on parts["train"]; leaves the best weights in the folder."""
-    c, sides, epochs, peak = run.config, ("chosen",), run.config.sft_epochs, run.config.sft_lr
-    objective = dict.fromkeys(parts, dpo.sft_objective)
-    if stage == "dpo":
-        peak = c.lr or (1e-6 if c.adapter == "none" else 1e-4)
-        sides, epochs = data.SIDES, c.epochs
-        objective = {part: run.objective(table) for part, table in reference.items()}
+                run: Run) -> dict:
+    """SFT or DPO of `model`, in place, on parts["train"]; the best weights go to run's folder.
+
+    reference: each part's (pairs, 2), see dpo.reference_logp; none for SFT. Returns fit's state.
+    """
+    c, sft = run.config, stage == "sft"
+    sides, epochs, peak = (("chosen",), c.sft_epochs, c.sft_lr) if sft else (
+        data.SIDES, c.epochs, c.lr or (1e-4 if c.adapter == "parallel" else 1e-6))
+    objective = {part: dpo.sft_objective if sft else run.objective(reference[part])
+                 for part in parts}
     an_epoch = math.ceil(len(parts["train"]) / c.batch_pairs)
     steps, policy = epochs * an_epoch, Policy(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -253,7 +234,8 @@ def train_stage(stage: str, model: GPT2, parts: dict[str, list], reference: dict
                               optimizer, objective["train"], c.max_norm, run.autocast, run.scaler)
 
     state = dpo.fit(
-        update, lambda: evaluate(policy, parts["val"], objective["val"], run, sides),
+        update, lambda: dpo.evaluate(policy, run.batches(parts["val"], sides), objective["val"],
+                                     run.autocast),
         partial(run.log, stage, steps), partial(run.save, stage, model, optimizer, reference),
         steps=steps, val_every=max(1, an_epoch // c.vals_per_epoch), patience=c.patience,
         log_every=c.log_every, save_every=c.save_every, state=saved.get("state"))
@@ -261,26 +243,7 @@ def train_stage(stage: str, model: GPT2, parts: dict[str, list], reference: dict
     print(f"stop   {stage} {state['step']}/{steps} | {why} | {state['skipped']} updates skipped | "
           f"best {state['best']:.4f} at {state['best_step']}: {state['best_at']}", flush=True)
     run.wait()  # the best weights are written
-
-
-# The demo's world. A prompt asks for a digit; an answer obeys the hidden rule when it is cheerful:
-# " 7!" and not " 7." People's labels are drawn by Bradley-Terry from a true reward, 4 for obeying
-# and 0 for not: 1 label in 56 is wrong, so DPO's optimum is finite.
-WELL_FORMED = re.compile(r" [0-9][!.]<\|endoftext\|>")
-
-
-def demo_pairs(count: int, seed: int) -> list[data.Pair]:
-    """Preferences in that world."""
-    rng, pairs = random.Random(seed), []
-    verbs = "Name List Give Tell Find Pick Show Send Type Read".split()
-    kinds = "lucky short plain quiet small round happy pretty clever simple".split()
-    for _ in range(count):
-        prompt = f"{data.HUMAN} {rng.choice(verbs)} a {rng.choice(kinds)} digit.{data.ASSISTANT}"
-        good, bad = (f" {digit}{mark}" for digit in [rng.randint(0, 9)] for mark in "!.")
-        right = rng.random() < 1 / (1 + math.exp(-4))
-        pairs.append(data.Pair(prompt, *((good, bad) if right else (bad, good))))
-    return pairs
-
+    return state
 
 def show_demo(run: Run, encoding: tiktoken.Encoding, prompts: list[str]) -> int:
     """Sample and print answers before and after DPO; 0 if 95% of the latter are right, else 1."""
@@ -296,26 +259,20 @@ def show_demo(run: Run, encoding: tiktoken.Encoding, prompts: list[str]) -> int:
               f"{len(formed) / len(ids):.1%} are well formed")
     return 0 if min(obey, len(formed) / len(ids)) >= 0.95 else 1
 
-
 def load(config: Config) -> tuple[GPT2, tiktoken.Encoding]:
     """The model to begin with and its encoding: the demo's is random, and reads bytes."""
     if not config.demo:
-        named = config.model in NAMES and not Path(config.model).exists()
-        return (GPT2.from_pretrained(data.fetch_model(config.model) if named else config.model),
-                tiktoken.get_encoding("gpt2"))
+        return GPT2.from_pretrained(data.fetch_model(config.model)), tiktoken.get_encoding("gpt2")
     model = GPT2(GPT2Config(2, 4, 128, 128, 257, 512))
     nn.init.normal_(model.wte.weight, std=0.1)  # the demo's cure, see README
     return model, tiktoken.Encoding(
         "bytes", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 256},
         mergeable_ranks={bytes([i]): i for i in range(256)})
 
-
-def load_parts(config: Config, encoding: tiktoken.Encoding, audit: dict) -> dict[str, list]:
-    """Parts "train", "val" and "test" as token pairs; `audit` gets what became of every row.
-
-    Raises ValueError when a part has no pair.
-    """
-    found = {"train": demo_pairs(3000, config.seed) if config.demo else [], "test": []}
+def load_parts(config: Config, encoding: tiktoken.Encoding) -> tuple[dict[str, list], dict]:
+    """Token pairs "train", "val", "test", and what became of each row; ValueError for no pairs."""
+    found = {"train": data.demo_pairs(3000, config.seed) if config.demo else [], "test": []}
+    audit = {}
     files = {"train": [config.pairs]} if config.pairs else {} if config.demo else {
         part: data.fetch_hh(config.hh_dir, config.subsets.split(","), part) for part in found}
     for part, paths in files.items():
@@ -332,8 +289,7 @@ def load_parts(config: Config, encoding: tiktoken.Encoding, audit: dict) -> dict
                              f"--val_share")
     for name, counts in audit.items():
         print(f"pairs  {name}:", ", ".join(f"{n:,} {what}" for what, n in counts.items()))
-    return parts
-
+    return parts, audit
 
 def draw_curves(folder: Path) -> None:
     """curves.png from metrics.jsonl, where matplotlib is installed."""
@@ -349,10 +305,9 @@ def draw_curves(folder: Path) -> None:
             axis.legend()
         figure.savefig(folder / "curves.png")
 
-
 def run(config: Config) -> int:
     """The whole job: pairs, model, SFT, the reference's logps, DPO, test. Returns the exit code."""
-    out, audit = Run(config), {}
+    out = Run(config)
     torch.manual_seed(config.seed)
     model, encoding = load(config)
     shape = model.config
@@ -360,14 +315,18 @@ def run(config: Config) -> int:
                        ("adapter_layers", shape.n_layer)):
         if (value := getattr(config, name)) > most:
             raise ValueError(f"--{name} is {value}, expected at most this model's {most}")
-    parts = load_parts(config, encoding, audit)
+    parts, audit = load_parts(config, encoding)
     out.open(audit)
     in_dpo = out.saved["stage"] == "dpo"
+    model.to(out.device)
+    adapters = (config.adapter, config.adapter_width, config.adapter_init, config.adapter_layers)
+    if config.adapter == "replace":  # SFT mends the new model, which is then DPO's reference
+        add_adapters(model, *adapters)
     if config.sft_epochs:
         if not in_dpo:
             shown = {part: [p._replace(chosen=p[1 + i % 2]) for i, p in enumerate(pairs)]
                      for part, pairs in parts.items()}  # the demo's SFT leaves the choice to DPO
-            train_stage("sft", model.to(out.device), shown if config.demo else parts, {}, out)
+            train_stage("sft", model, shown if config.demo else parts, {}, out)
         model = GPT2.from_pretrained(out.folder / "sft")
     policy = Policy(model.to(out.device))
     reference = out.saved["reference"] if in_dpo else {
@@ -375,29 +334,29 @@ def run(config: Config) -> int:
             out.batches(pairs, data.SIDES), f"reference of {part}", len(pairs), "pairs",
             lambda batch: len(batch.pairs) * out.world), len(pairs), out.autocast)
         for part, pairs in parts.items()}
-    add_adapters(model, config.adapter, config.adapter_width, config.adapter_init,
-                 config.adapter_layers)
-    if config.adapter != "replace":  # then the policy begins as its reference
-        batch = next(data.batches(parts["train"], EVAL_PAIRS, config.seed))[0].to(out.device)
-        dpo.check_start(policy, batch, reference["train"], config.beta, out.autocast,
-                        config.beta * (1e-5 if out.dtype == torch.float32 else 5e-2))
+    if config.adapter != "replace":
+        add_adapters(model, *adapters)
+    batch = next(data.batches(parts["train"], EVAL_PAIRS, config.seed))[0].to(out.device)
+    dpo.check_start(policy, batch, reference["train"], config.beta, out.autocast,
+                    config.beta * (1e-5 if out.dtype == torch.float32 else 5e-2))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"model  {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} train | "
           f"{out.device.type}, {str(out.dtype)[6:]} | torch {torch.__version__}", flush=True)
-    train_stage("dpo", model, parts, reference, out)
+    state = train_stage("dpo", model, parts, reference, out)
 
     policy = Policy(GPT2.from_pretrained(out.folder / "best").to(out.device))
-    test = evaluate(policy, parts["test"], out.objective(reference["test"]), out)
+    test = dpo.evaluate(policy, out.batches(parts["test"], data.SIDES),
+                        out.objective(reference["test"]), out.autocast)
     accuracy, n = test["rewards/accuracies"], len(parts["test"])
     half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)  # of the 95% interval
-    out.log("dpo", 0, "test", 0, test | {"pairs": n, "accuracy_half_interval": half})
+    out.log("dpo", state["step"], "test", state["best_step"], test | {
+        "pairs": n, "accuracy_half_interval": half})
     print(f"result {out.folder / 'best'} | test accuracy {accuracy:.3f} +- {half:.3f} on {n} pairs")
     if out.rank:
         return 0
     draw_curves(out.folder)
     prompts = sorted({encoding.decode(pair.prompt.tolist()) for pair in parts["test"]})
     return show_demo(out, encoding, prompts * math.ceil(400 / len(prompts))) if config.demo else 0
-
 
 def main(argv: list[str] | None = None) -> int:
     """0: a whole run, 1: a demo below its goal, 2 and one line: what its user can mend, 130: ^C."""
@@ -412,7 +371,6 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     sys.exit(main())

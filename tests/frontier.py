@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
 import train
 from judge import answer_logp
 from model import GPT2, generate
@@ -36,7 +37,7 @@ def measure(beta: float, answers: int) -> tuple[float, float, float, float]:
     with tempfile.TemporaryDirectory() as out:
         train.main(["--demo", "--out", f"{out}/run", "--beta", str(beta)])
         reference, policy = (GPT2.from_pretrained(Path(out, "run", x)) for x in ("sft", "best"))
-    prompts = sorted({pair.prompt for pair in train.demo_pairs(3000, 1)})
+    prompts = sorted({pair.prompt for pair in data.demo_pairs(3000, 1)})
     prompts = [list(p.encode()) for p in prompts * math.ceil(answers / len(prompts))][:answers]
     shares, ratios = [], []
     for model in (reference, policy):

@@ -21,13 +21,13 @@ import conftest
 import data
 import judge
 import train
-from model import GPT2
+from model import GPT2, INITS
 
 SHARED = {"subsets": "helpful-base,helpful-rejection-sampled", "epochs": 2}
 PARALLEL, NONE = {"lr": 1e-3}, {"adapter": "none", "lr": 2e-5}
 REPLACE = NONE | {"adapter": "replace", "adapter_width": 256, "sft_epochs": 4, "sft_lr": 1e-3}
 ROWS = {"parallel": PARALLEL | {"sft_epochs": 2, "sft_lr": 1e-4}, "none": NONE,
-        "replace, scratch": REPLACE, "replace, pretrained": REPLACE | {"adapter_init": "pretrained"},
+        **{f"replace, {init}": REPLACE | {"adapter_init": init} for init in INITS},
         **{f"parallel, beta {beta}": PARALLEL | {"beta": beta} for beta in (0.05, 0.3, 0.5)},
         **{f"{name}, seed {seed}": options | {"seed": seed} for seed in (1, 2)
            for name, options in (("parallel", PARALLEL), ("none", NONE))}}

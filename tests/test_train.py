@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import data
 import dpo
 import train
-from model import GPT2, GPT2Config, save_pretrained
+from model import GPT2, GPT2Config, add_adapters, save_pretrained
 
 SUBSETS = ("harmless-base", "helpful-base")
 CLOCK = ("tokens_per_second", "seconds_left")  # all that may differ between two equal runs
@@ -260,15 +260,19 @@ def test_the_metrics_have_the_names_of_the_field(a_run):
 
 
 def test_before_the_first_update_the_policy_is_the_reference(a_run):
-    """The first validation of DPO: ln 2 and no rewards; not so where an MLP was replaced."""
-    name, _, lines = a_run
-    first = of(lines, "dpo", "val")[0]
-    rewards = [first["rewards/chosen"], first["rewards/rejected"]]
-    if name in ("replace", "pretrained"):
-        assert math.isfinite(first["loss"]) and any(rewards)
-    else:
-        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-        assert rewards == pytest.approx([0, 0], abs=1e-6) and first["step"] == 0
+    """The first validation of DPO: ln 2 and no rewards."""
+    first = of(a_run[2], "dpo", "val")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["step"] == 0
+    assert [first["rewards/chosen"], first["rewards/rejected"]] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_a_replaced_mlp_is_what_sft_trains(a_run, world):
+    """The reference has the small MLP: of the other neurons of the upper block zeros are left."""
+    name, out, _ = a_run
+    if name == "replace":
+        before, sft = (GPT2.from_pretrained(path) for path in (world / "gpt2", out / "sft"))
+        columns = [model.h[1].mlp.c_proj.weight.abs().sum(0) for model in (before, sft)]
+        assert [(column > 0).sum() for column in columns] == [before.config.n_inner, 20]
 
 
 def test_the_folder_best_holds_the_weights_of_the_best_step(a_run, world):
@@ -289,10 +293,12 @@ def test_the_folder_best_holds_the_weights_of_the_best_step(a_run, world):
 
 
 def test_the_reference_is_the_model_after_sft(a_run, world):
-    """Its logps, kept beside the pairs, are those of the file in sft/, or of GPT-2 without SFT."""
+    """Its logps, kept beside the pairs, are those of the file in sft/; without SFT, of its start."""
     name, out, _ = a_run
-    start = world / "gpt2" if name == "pretrained" else out / "sft"
-    policy = train.Policy(GPT2.from_pretrained(start))
+    start = GPT2.from_pretrained(world / "gpt2" if name == "pretrained" else out / "sft")
+    if name == "pretrained":
+        add_adapters(start, "replace", 32, "pretrained")
+    policy = train.Policy(start)
     pairs = tokens_of(world, "test")
     with torch.no_grad():
         found = policy(data.flatten(pairs, range(len(pairs)))).view(2, -1).T
@@ -575,8 +581,8 @@ def test_two_processes_go_on_as_if_they_had_not_been_killed(shared, world, jobs)
 
 def test_the_demo_draws_its_pairs_by_the_rule():
     """Preferred answers obey in 1 / (1 + exp(-4)) = 98.2% of the pairs."""
-    pairs = train.demo_pairs(20_000, 3)
-    assert train.demo_pairs(20_000, 3) == pairs != train.demo_pairs(20_000, 4)
+    pairs = data.demo_pairs(20_000, 3)
+    assert data.demo_pairs(20_000, 3) == pairs != data.demo_pairs(20_000, 4)
     assert sum("!" in pair.chosen for pair in pairs) / 20_000 == pytest.approx(0.982, abs=0.004)
     for pair in pairs:
         assert pair.chosen[:2] == pair.rejected[:2]
