@@ -19,7 +19,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -36,8 +35,7 @@ except ImportError:  # Windows: two downloads of one file don't wait for each ot
     fcntl = None
 
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-SIDES = ("chosen", "rejected")
+HUMAN, ASSISTANT, SIDES = "\n\nHuman:", "\n\nAssistant:", ("chosen", "rejected")
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M, 1.6B parameters
 
 def track(items: Iterable, label: str, total: int, unit: str,
@@ -166,8 +164,7 @@ def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
         kept.append(TokenPair(*(np.array(ids, np.int32) for ids in (cut_prompt, chosen, rejected))))
     return kept, audit
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """B pairs, flat: each prompt once, then its responses; no padding. All int64.
 
     A response's last token is only predicted, so it stands in `targets` alone. Responses are
@@ -185,9 +182,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        def _move(x: Tensor | tuple) -> Tensor | tuple:
-            return tuple(map(_move, x)) if isinstance(x, tuple) else x.to(device, non_blocking=True)
-        return Batch(*(_move(getattr(self, f.name)) for f in fields(self)))
+        rows = tuple(row.to(device, non_blocking=True) for row in self.rows)
+        return Batch(*(rows if x is self.rows else x.to(device, non_blocking=True) for x in self))
 
 def flatten(pairs: list[TokenPair], numbers: np.ndarray,
             sides: tuple[str, ...] = SIDES, groups: int = 8) -> Batch:
@@ -282,16 +278,14 @@ def _receive(url: str, file: BinaryIO, label: str) -> None:
         chunks = answer.iter_content(2**14) if code != 416 else []  # nothing is missing
         for chunk in track(chunks, label, size, "bytes", len, done) if size else chunks:
             file.write(chunk)
-    got, digest = file.seek(0, os.SEEK_END), hashlib.sha256()
-    if got < size:
+    if (got := file.seek(0, os.SEEK_END)) < size:
         raise requests.ConnectionError(f"got {got:,} of {size:,} bytes")
     with open(file.name, "rb") as whole:
-        while block := whole.read(2**20):
-            digest.update(block)
-    if (size and got != size) or (len(sha256) == 64 and digest.hexdigest() != sha256):
+        digest = hashlib.file_digest(whole, "sha256").hexdigest()
+    if (size and got != size) or (len(sha256) == 64 and digest != sha256):
         file.truncate(0)  # what an earlier try left may be of another version: then once more
         raise (requests.ConnectionError if done else OSError)(
-            f"{url}: got {got:,} bytes with sha256 {digest.hexdigest()}, expected {size:,} with "
+            f"{url}: got {got:,} bytes with sha256 {digest}, expected {size:,} with "
             f"{sha256 or 'any'}; run again, or see whether the file has changed")
 
 def _persist(url: str, file: BinaryIO, label: str, tries: int) -> None:

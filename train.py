@@ -122,22 +122,20 @@ class Run:
         self.rank, self.world, local = (
             int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1),
                                                          ("LOCAL_RANK", 0)))  # torchrun's
-        device, auto = "mps" if torch.backends.mps.is_available() else "cpu", "float32"
-        if torch.cuda.is_available():
+        self.device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+        kind, auto = self.device.type, "float32"
+        if kind == "cuda":
             torch.cuda.set_device(local)
-            device = f"cuda:{local}"
             auto = "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
-        elif torch.cpu.get_capabilities().get("avx512_bf16"):
+        elif kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
             auto = "bfloat16"
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         if self.rank:
             sys.stdout = open(os.devnull, "w")
-        self.device = torch.device(device)
         self.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
-        self.autocast = partial(torch.autocast, self.device.type, self.dtype,
-                                enabled=self.dtype != torch.float32)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.autocast = partial(torch.autocast, kind, self.dtype, self.dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
         self.objective = partial(
             dpo.dpo_objective, beta=config.beta, variant=config.loss,
             label_smoothing=config.label_smoothing, sft_coef=config.sft_coef)

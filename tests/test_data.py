@@ -391,7 +391,7 @@ def check(batch: data.Batch, pairs: list[TokenPair], sides: tuple) -> None:
     assert next(told, None) is None
     assert len(tokens) == sum(len(p.prompt) for p in pairs) + sum(len(r) - 1 for r in responses)
     assert all(t.dtype == torch.int64 for t in (
-        *batch.rows, *(value for value in vars(batch).values() if value is not batch.rows)))
+        *batch.rows, *(value for value in batch._asdict().values() if value is not batch.rows)))
 
 
 lengths = st.lists(st.tuples(*[st.integers(1, 9)] * 3), max_size=9)
@@ -433,7 +433,7 @@ def test_a_model_computes_the_same_on_a_flat_batch_as_on_each_row_alone():
 def test_a_batch_moves_with_all_its_parts():
     batch = flatten(WORKED, np.array([7, 3])).to("meta")
     assert all(rows.is_meta for rows in batch.rows)
-    assert all(t.is_meta for t in vars(batch).values() if t is not batch.rows)
+    assert all(t.is_meta for t in batch._asdict().values() if t is not batch.rows)
 
 
 # Batches

@@ -274,7 +274,7 @@ def test_a_token_after_the_response_changes_nothing(model):
     other = torch.where(real, batch.rows[0], len(batch.tokens) - 1)
     assert (other != batch.rows[0]).sum() > 10
     for rows in (batch.rows[0], other):
-        changed = type(batch)(**vars(batch) | {"rows": (rows,)})
+        changed = batch._replace(rows=(rows,))
         logp = Policy(model)(changed)
         found.append((logp, gradients(model, objective(logp, changed)["loss"].sum())))
     assert torch.equal(found[0][0], found[1][0]) and close(found[0][1], found[1][1], 1e-12)
@@ -591,8 +591,8 @@ def test_a_step_leaves_mode_frozen_weights_and_arguments_as_they_were(model):
     assert torch.equal(reference, REFERENCE) and len(micro_batches) == 1
     assert torch.is_grad_enabled() and micro_batches[0] is batch
     assert all(torch.equal(a, b) for a, b in zip(
-        (*batch.rows, *(v for k, v in vars(batch).items() if k != "rows")),
-        (*before.rows, *(v for k, v in vars(before).items() if k != "rows")), strict=True))
+        (*batch.rows, *(v for k, v in batch._asdict().items() if k != "rows")),
+        (*before.rows, *(v for k, v in before._asdict().items() if k != "rows")), strict=True))
     assert frozen and all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
 
 

@@ -293,7 +293,7 @@ def test_the_folder_best_holds_the_weights_of_the_best_step(a_run, world):
 
 
 def test_the_reference_is_the_model_after_sft(a_run, world):
-    """Its logps, kept beside the pairs, are those of the file in sft/; without SFT, of its start."""
+    """Its logps, kept beside the pairs, are those of sft/, or without SFT of the start."""
     name, out, _ = a_run
     start = GPT2.from_pretrained(world / "gpt2" if name == "pretrained" else out / "sft")
     if name == "pretrained":
