@@ -102,15 +102,23 @@ def win_rate(verdicts: list[tuple[str, tuple[str | None, ...]]]) -> dict[str, fl
                    "decided": wins / decided if decided else None}
 
 class Log(dict):
-    """JSON lines by the values of some keys. A torn last line, as a kill leaves it, is cut off."""
+    """JSON lines by the values of some keys. A torn last line, as a kill leaves it, is cut off.
+
+    Raises ValueError for a line that is none.
+    """
     def __init__(self, path: Path, *names: str):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.names, self.file = names, open(path, "a+b", buffering=0)  # a line is one write
         self.file.seek(0)
         whole = self.file.read().rpartition(b"\n")[0]
         self.file.truncate(len(whole) + bool(whole))
-        lines = [json.loads(line) for line in whole.splitlines()]
-        super().__init__((tuple(line[name] for name in names), line) for line in lines)
+        for number, text in enumerate(whole.splitlines(), 1):
+            try:
+                line = json.loads(text)
+                self[tuple(line[name] for name in names)] = line
+            except (ValueError, LookupError, TypeError):
+                raise ValueError(f"{path}, line {number}: expected an object with "
+                                 f"{', '.join(names)}, found {text[:80]!r}; delete it") from None
 
     def add(self, line: dict) -> None:
         self.file.write(json.dumps(line).encode() + b"\n")

@@ -32,6 +32,7 @@ import conftest
 
 import data
 import dpo
+import train
 from model import GPT2, GPT2Config, add_adapters, generate, save_pretrained
 from train import Policy
 
@@ -383,6 +384,28 @@ def precision(pairs: list[data.TokenPair], path: str) -> None:
           f"{gradient.norm():.2e}, cosine {F.cosine_similarity(low_gradient, gradient, dim=0):.5f}")
 
 
+def epoch(path: str, hh_dir: str) -> None:
+    """Where the time of an epoch of DPO goes: train.py's defaults but for SFT, all weights."""
+    seconds: dict[str, float] = {}
+    def timed(module: object, name: str) -> None:
+        function = getattr(module, name)
+        def measured(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            return result
+        setattr(module, name, measured)
+    for module, name in ((train, "train_stage"), (dpo, "train_step"), (dpo, "evaluate"),
+                         (train.Run, "save")):
+        timed(module, name)
+    with tempfile.TemporaryDirectory() as out:
+        train.main(["--model", path, "--hh_dir", hh_dir, "--sft_epochs", "0", "--adapter", "none",
+                    "--out", f"{out}/run"])
+    whole = seconds.pop("train_stage")  # the test's pass, after it, counts in evaluate
+    print(f"an epoch: {whole:.1f} s;", ", ".join(
+        f"{name} {x:.1f} s, {x / whole:.1%}" for name, x in seconds.items()))
+
+
 def show(jobs: dict[str, dict], seconds: dict[str, list], memory: dict[str, float],
          rate: float) -> None:
     """Both tables, as Markdown. Speeds and ratios are of all pairs and all seconds, not medians."""
@@ -408,6 +431,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2, help="of 16 pairs, in a turn")
     parser.add_argument("--scaling", action="store_true", help="only our step, at several sizes")
     parser.add_argument("--precision", default="", help="only bf16 against float32, this model's")
+    parser.add_argument("--epoch", default="", help="only where an epoch's time goes, this model's")
     parser.add_argument("--only", default="", help="contenders whose names hold this")
     parser.add_argument("--turn", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -426,6 +450,8 @@ def main() -> None:
         return scaling(pairs, [8, 16, 32, 64, 128])
     if args.precision:
         return precision(pairs, args.precision)
+    if args.epoch:
+        return epoch(args.epoch, args.hh_dir)
     check_losses(pairs, jobs)
     with tempfile.TemporaryDirectory() as name:
         folder, seconds, memory = Path(name), {who: [] for who in jobs}, dict.fromkeys(jobs, 0.0)

@@ -339,6 +339,18 @@ def test_a_judge_that_refuses_yields_no_number(run, server, capsys):
     assert [message["role"] for message in again[0]] == ["user", "assistant", "user"]
 
 
+@pytest.mark.parametrize("damaged", [b"{torn", b"[1, 2]", b'{"order": "x"}', b"\xff"])
+def test_a_damaged_line_amid_a_log_names_file_and_line(tmp_path, damaged):
+    path, good = tmp_path / "verdicts.jsonl", b'{"order": "x", "prompt": "p"}\n'
+    path.write_bytes(good + damaged + b"\n" + good)
+    with pytest.raises(ValueError, match=r"verdicts\.jsonl, line 2: expected an object with order, "
+                                         r"prompt, found"):
+        judge.Log(path, "order", "prompt")
+    path.write_bytes(good + damaged)  # only the last line may be torn: it is cut off
+    assert judge.Log(path, "order", "prompt") == {("x", "p"): {"order": "x", "prompt": "p"}}
+    assert path.read_bytes() == good
+
+
 def test_a_stopped_run_goes_on_and_asks_only_what_is_missing(run, server, capsys):
     """It dies at the 20th request, 18 questions on; a torn line is as if it had never been."""
     server.answer = lambda question, i: oracle(question, i) if i < 19 else (410, "gone", {})
