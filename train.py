@@ -1,7 +1,7 @@
 """Fine-tune GPT-2 on hh-rlhf: SFT on the chosen answers, then DPO. `python train.py --help`.
 
 Read in this order: Config (the options), Policy (from a batch to log-probabilities), Run (what a
-run writes and prints), train_stage, the demo's world, run (the whole job).
+run writes and prints), train_stage, show_demo, load, load_parts, run (the whole job).
 """
 
 import argparse
@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,6 @@ SHOWN = {"loss": ("loss", ".4f"), "rewards/margins": ("margin", "+.3f"), "lr": (
          "rewards/accuracies": ("accuracy", ".3f"), "tokens_per_second": ("tok/s", ",.0f"),
          "best": ("best", ".4f"), "best_step": ("at", ""), "seconds_left": ("seconds left", ".0f")}
 WELL_FORMED = re.compile(r" [0-9][!.]<\|endoftext\|>")  # an answer in the demo's world
-CURVES = ("loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
 
 def option(default, help: str, *choices: str):
     return field(default=default, metadata={"help": help, "choices": choices or None})
@@ -119,13 +117,12 @@ class Run:
     def __init__(self, config: Config):
         self.config, self.folder = config, Path(config.out)
         self.saved = {"stage": "", "metrics_bytes": 0}  # what last.pt holds, once it is opened
-        self.rank, self.world, local = (
-            int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1),
-                                                         ("LOCAL_RANK", 0)))  # torchrun's
+        env = os.environ.get  # as torchrun sets it
+        self.rank, self.world = int(env("RANK", 0)), int(env("WORLD_SIZE", 1))
         self.device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
         kind, auto = self.device.type, "float32"
         if kind == "cuda":
-            torch.cuda.set_device(local)
+            torch.cuda.set_device(int(env("LOCAL_RANK", 0)))
             auto = "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
         elif kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
             auto = "bfloat16"
@@ -153,22 +150,18 @@ class Run:
                                  f"began with, or another --out")
             if (last := self.folder / "last.pt").exists():
                 self.saved = torch.load(last, map_location="cpu", weights_only=True)
-        self.wait()  # no process writes before all have looked
+        if self.world > 1:
+            dist.barrier()  # no process writes before all have looked
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics = open(os.devnull if self.rank else self.folder / "metrics.jsonl", "ab")
         if self.rank == 0:
             self.metrics.truncate(self.saved["metrics_bytes"])
             self.metrics.seek(0, os.SEEK_END)  # what a kill left behind the last save is gone
-            versions = {"python": sys.version.split()[0], "torch": torch.__version__,
-                        "commit": subprocess.getoutput(
-                            f'git -C "{Path(__file__).parent}" rev-parse HEAD')}
+            commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
+            versions = {"python": sys.version, "torch": torch.__version__, "commit": commit}
             text = json.dumps({"options": options, "audit": audit, "versions": versions}, indent=1)
             path.with_suffix(".part").write_text(text)
             path.with_suffix(".part").replace(path)
-
-    def wait(self) -> None:
-        if self.world > 1:
-            dist.barrier()
 
     def log(self, stage: str, steps: int, kind: str, step: int, values: dict) -> None:
         """A line on the screen, an object in metrics.jsonl."""
@@ -208,8 +201,7 @@ def train_stage(stage: str, model: GPT2, parts: dict[str, list], reference: dict
     c, sft = run.config, stage == "sft"
     sides, epochs, peak = (("chosen",), c.sft_epochs, c.sft_lr) if sft else (
         data.SIDES, c.epochs, c.lr or (1e-4 if c.adapter == "parallel" else 1e-6))
-    objective = {part: dpo.sft_objective if sft else run.objective(reference[part])
-                 for part in parts}
+    objective = {x: dpo.sft_objective if sft else run.objective(reference[x]) for x in parts}
     an_epoch = math.ceil(len(parts["train"]) / c.batch_pairs)
     steps, policy = epochs * an_epoch, Policy(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -240,7 +232,8 @@ def train_stage(stage: str, model: GPT2, parts: dict[str, list], reference: dict
     why = "all updates" if state["step"] == steps else f"{c.patience} validations not lower"
     print(f"stop   {stage} {state['step']}/{steps} | {why} | {state['skipped']} updates skipped | "
           f"best {state['best']:.4f} at {state['best_step']}: {state['best_at']}", flush=True)
-    run.wait()  # the best weights are written
+    if run.world > 1:
+        dist.barrier()  # the best weights are written
     return state
 
 def show_demo(run: Run, encoding: tiktoken.Encoding, prompts: list[str]) -> int:
@@ -248,8 +241,8 @@ def show_demo(run: Run, encoding: tiktoken.Encoding, prompts: list[str]) -> int:
     ids = [encoding.encode_ordinary(p) for p in prompts]
     for when, folder in (("before", "sft"), ("after", "best")):
         model = GPT2.from_pretrained(run.folder / folder).to(run.device)
-        new = generate(model, ids, 30, end_token=encoding.eot_token, seed=run.config.seed)
-        answers = [encoding.decode(answer) for answer in new]
+        answers = [encoding.decode(answer) for answer in generate(
+            model, ids, 30, end_token=encoding.eot_token, seed=run.config.seed)]
         print(f"answer {when:6} DPO:", *(answer[:3] for answer in answers[:12]))
         obey = sum("!" in answer for answer in answers) / len(ids)
         formed = [answer for answer in answers if WELL_FORMED.fullmatch(answer)]
@@ -288,20 +281,6 @@ def load_parts(config: Config, encoding: tiktoken.Encoding) -> tuple[dict[str, l
     for name, counts in audit.items():
         print(f"pairs  {name}:", ", ".join(f"{n:,} {what}" for what, n in counts.items()))
     return parts, audit
-
-def draw_curves(folder: Path) -> None:
-    """curves.png from metrics.jsonl, where matplotlib is installed."""
-    with suppress(ImportError):
-        from matplotlib.figure import Figure
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        figure = Figure((12, 3), layout="constrained")
-        for axis, name in zip(figure.subplots(1, 4), CURVES, strict=True):
-            for kind in ("train", "val"):
-                some = [r for r in rows if (r["stage"], r["kind"]) == ("dpo", kind) and name in r]
-                axis.plot([r["step"] for r in some], [r[name] for r in some], label=kind)
-            axis.set(title=name, xlabel="updates of DPO")
-            axis.legend()
-        figure.savefig(folder / "curves.png")
 
 def run(config: Config) -> int:
     """The whole job: pairs, model, SFT, the reference's logps, DPO, test. Returns the exit code."""
@@ -350,9 +329,6 @@ def run(config: Config) -> int:
     out.log("dpo", state["step"], "test", state["best_step"], test | {
         "pairs": n, "accuracy_half_interval": half})
     print(f"result {out.folder / 'best'} | test accuracy {accuracy:.3f} +- {half:.3f} on {n} pairs")
-    if out.rank:
-        return 0
-    draw_curves(out.folder)
     prompts = sorted({encoding.decode(pair.prompt.tolist()) for pair in parts["test"]})
     return show_demo(out, encoding, prompts * math.ceil(400 / len(prompts))) if config.demo else 0
 

@@ -94,8 +94,7 @@ def test_it_is_short():
 
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_but_the_four_packages_is_imported(name):
-    """And matplotlib, where it is installed, in one place."""
     known = {"torch", "tiktoken", "numpy", "requests"} | {file[:-3] for file in FILES}
     imported = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / name).read_text(), re.M)
     standard = set(__import__("sys").stdlib_module_names)
-    assert set(imported) - known - standard <= ({"matplotlib"} if name == "train.py" else set())
+    assert set(imported) - known - standard == set()
