@@ -214,24 +214,20 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
 def strongest(model: GPT2, mlp: MLP, text: Tensor, width: int) -> MLP:
     """A new MLP of the `width` neurons of `mlp` that write most on text (B, T), to stand for all.
 
-    A neuron writes its value times its column of c_proj: the largest in root mean square stay, and
-    least squares adds to their columns and the bias what best replaces the others on that text.
+    A neuron writes its value times its column of c_proj: the largest in root mean square stay, in
+    their order; what the others write on average goes into the bias. Of full width: `mlp` itself.
     """
     seen: list[Tensor] = []
     with mlp.c_proj.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs)):
         model.hidden(text)
-    # In float64, on the CPU as MPS has none: (B * T, n) and (C, n)
-    values, w = (t.cpu().double() for t in (seen[0].flatten(0, 1), mlp.c_proj.weight))
-    order = (values.square().mean(0).sqrt() * w.norm(dim=0)).argsort(descending=True)
+    values, columns = seen[0].flatten(0, 1), mlp.c_proj.weight  # (B * T, n), (C, n)
+    order = (values.square().mean(0).sqrt() * columns.norm(dim=0)).argsort(descending=True)
     kept, others = order[:width].sort().values, order[width:]
-    basis = F.pad(values[:, kept], (0, 1), value=1.0)  # (B * T, width + 1), the last for the bias
-    gram = basis.T @ basis
-    gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)  # ridge: for rare neurons
-    extra = torch.linalg.solve(gram, basis.T @ (values[:, others] @ w[:, others].T))
-    small = MLP(len(w), width).to(mlp.c_proj.weight)
+    small = MLP(len(columns), width).to(columns)
     small.load_state_dict({
         "c_fc.weight": mlp.c_fc.weight[kept], "c_fc.bias": mlp.c_fc.bias[kept],
-        "c_proj.weight": w[:, kept] + extra[:-1].T, "c_proj.bias": mlp.c_proj.bias + extra[-1]})
+        "c_proj.weight": columns[:, kept],
+        "c_proj.bias": mlp.c_proj.bias + columns[:, others] @ values[:, others].mean(0)})
     return small
 
 def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64, init: str = "scratch",

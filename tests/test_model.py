@@ -725,6 +725,20 @@ def test_its_error_grows_as_its_width_falls_and_is_less_than_that_of_any_neurons
         assert error / 2 < 0.8 * (part - mlp(x)).norm() / mlp(x).norm()
 
 
+@torch.no_grad()
+def test_what_left_out_neurons_write_on_average_goes_into_the_bias(ours):
+    """16 weak neurons that always say gelu(1): without them, but with their sum, all is equal."""
+    mlp, tokens = ours.h[0].mlp, some_tokens(4, 16)
+    mlp.c_fc.weight[:16], mlp.c_fc.bias[:16] = 0.0, 1.0
+    mlp.c_proj.weight[:, :16] *= 0.01
+    x = torch.randn(5, 16)
+    small = model_file.strongest(ours, mlp, tokens, 48)
+    assert far(small(x), mlp(x)) < 1e-6 < 1e-4 < far(small.c_proj.bias, mlp.c_proj.bias)
+    mlp.c_proj.weight[:, :16] *= 1e4  # loud now, however seldom they change: they stay
+    loud = model_file.strongest(ours, mlp, tokens, 16)
+    assert far(loud.c_proj.weight, mlp.c_proj.weight[:, :16]) == 0
+
+
 @pytest.mark.parametrize("wrong", [
     {"kind": "lora"}, {"init": "zeros"}, {"width": 0}, {"width": -4}, {"layers": 3}, {"layers": -1},
     {"kind": "replace", "init": "pretrained", "width": 65}])
