@@ -21,13 +21,14 @@ import conftest
 import data
 import judge
 import train
-from model import GPT2, INITS
+from model import GPT2
 
 SHARED = {"subsets": "helpful-base,helpful-rejection-sampled", "epochs": 2}
 PARALLEL, NONE = {"lr": 1e-3}, {"adapter": "none", "lr": 2e-5}
-REPLACE = NONE | {"adapter": "replace", "adapter_width": 256, "sft_epochs": 4, "sft_lr": 1e-3}
+REPLACE = NONE | {"adapter": "replace", "adapter_width": 256, "sft_epochs": 4}
 ROWS = {"parallel": PARALLEL | {"sft_epochs": 2, "sft_lr": 1e-4}, "none": NONE,
-        **{f"replace, {init}": REPLACE | {"adapter_init": init} for init in INITS},
+        "replace, scratch": REPLACE | {"sft_lr": 1e-3},
+        "replace, pretrained": REPLACE | {"adapter_init": "pretrained", "sft_lr": 3e-4},
         **{f"parallel, beta {beta}": PARALLEL | {"beta": beta} for beta in (0.05, 0.3, 0.5)},
         **{f"{name}, seed {seed}": options | {"seed": seed} for seed in (1, 2)
            for name, options in (("parallel", PARALLEL), ("none", NONE))}}
