@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import tiktoken
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import conftest
 
 import data
+import dpo
 import judge
 import train
 from model import GPT2
@@ -40,9 +42,14 @@ def command(options: dict) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
-def describe(folder: Path, reference: GPT2, prompts: list[str], out: Path) -> dict[str, float]:
-    """What the model's answers are like; KL to the reference in nats an answer."""
-    model = GPT2.from_pretrained(folder).requires_grad_(False)
+def describe(folder: Path, reference: GPT2, pairs: list[data.Pair], out: Path) -> dict[str, float]:
+    """What the model's answers are like; KL to the reference in nats an answer; nats a token of the
+    chosen answers, by which models with different references can be compared.
+    """
+    model, prompts = GPT2.from_pretrained(folder).requires_grad_(False), [p.prompt for p in pairs]
+    tokens = data.tokenize(pairs, tiktoken.get_encoding("gpt2"), 512, 256)[0]
+    batches = (batch for batch, in data.batches(tokens, 32, None, sides=("chosen",)))
+    nats = dpo.evaluate(train.Policy(model), batches, dpo.sft_objective)["loss"]
     options = SimpleNamespace(seed=0, temperature=1.0, max_new_tokens=128)
     log = judge.Log(out / "answers.jsonl", "prompt", "key")
     answers = judge.sample_answers(model, str(folder), prompts, options, 256, log)
@@ -50,7 +57,7 @@ def describe(folder: Path, reference: GPT2, prompts: list[str], out: Path) -> di
     kl = torch.tensor([judge.answer_logp(model, answer) - judge.answer_logp(reference, answer)
                        for answer in answers])
     return judge.describe(texts, answers) | {
-        "KL": kl.mean().item(), "KL error": (1.96 * kl.std() / len(kl) ** 0.5).item(),
+        "nats": nats, "KL": kl.mean().item(), "KL error": (1.96 * kl.std() / len(kl) ** 0.5).item(),
         "unsure": sum(bool(UNSURE.search(text)) for text in texts) / len(texts)}
 
 
@@ -64,33 +71,34 @@ def main() -> None:
     out = Path(args.out)
     pairs = [pair for path in data.fetch_hh(args.hh_dir, SHARED["subsets"].split(","), "test")
              for pair in data.read_pairs(path)[0]]
-    prompts = sorted({pair.prompt for pair in pairs})
+    pairs = sorted({pair.prompt: pair for pair in pairs}.values())  # a prompt is one sample
     done = out / "rows.json"
     rows = json.loads(done.read_text()) if done.exists() else {}
-    for name in [name for name in ROWS if name not in rows]:
-        folder, own = out / re.sub(r"\W+", "_", name), "sft_epochs" in ROWS[name]
+    for name, options in ROWS.items():
+        folder, own = out / re.sub(r"\W+", "_", name), "sft_epochs" in options
         sft = (folder if own else out / "parallel") / "sft"
-        words, start = command({"hh_dir": args.hh_dir, "out": folder, **SHARED, **(
-            {"model": args.model} if own else {"model": sft, "sft_epochs": 0}), **ROWS[name]}
-            ), time.perf_counter()
-        print("+ python train.py", *words, flush=True)
-        code = train.main(words)
-        row = {"seconds": time.perf_counter() - start, "code": code}
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-        test = next(line for line in lines if line["kind"] == "test")
+        if name not in rows:
+            words, start = command({"hh_dir": args.hh_dir, "out": folder, **SHARED, **(
+                {"model": args.model} if own else {"model": sft, "sft_epochs": 0}), **options}
+                ), time.perf_counter()
+            print("+ python train.py", *words, flush=True)
+            code = train.main([*words, "--resume"])
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+            best = {x["stage"]: x for x in lines if x["kind"] == "val"}  # the last of each
+            rows[name] = {"seconds": time.perf_counter() - start, "code": code, **lines[-1],
+                          "best_step": best["dpo"]["best_step"], "SFT": best.get("sft")}
         reference = GPT2.from_pretrained(sft).requires_grad_(False)
-        rows[name] = row | test | describe(folder / "best", reference, prompts, folder) | {
-            "sft": [x["best"] for x in lines if x["stage"] == "sft"][-1] if own else None,
-            "best_step": [x["best_step"] for x in lines if x["kind"] == "val"][-1]}
+        rows[name] |= describe(folder / "best", reference, pairs, folder)
         done.write_text(json.dumps(rows, indent=1))
-    reference = GPT2.from_pretrained(out / "parallel" / "sft").requires_grad_(False)
-    rows["after SFT"] = describe(out / "parallel" / "sft", reference, prompts, out)
-    rows["before SFT"] = describe(Path(args.model), reference, prompts, out)
+        if own:
+            rows[f"{name}: SFT"] = describe(sft, reference, pairs, out)
+    rows["before SFT"] = describe(Path(args.model), GPT2.from_pretrained(out / "parallel" / "sft"),
+                                  pairs, out)
     rows["chosen"] = judge.describe([pair.chosen for pair in pairs], [])
     done.write_text(json.dumps(rows, indent=1))
     columns = {"loss": ("loss", ".4f"), "accuracy": ("rewards/accuracies", ".3f"),
                "±": ("accuracy_half_interval", ".3f"), "margin": ("rewards/margins", ".3f"),
-               "chosen": ("rewards/chosen", ".2f"), "KL": ("KL", ".2f"), "±  ": ("KL error", ".2f"),
+               "nats": ("nats", ".3f"), "KL": ("KL", ".2f"), "±  ": ("KL error", ".2f"),
                "words": ("words", ".1f"), "distinct-1": ("distinct-1", ".3f"),
                "distinct-2": ("distinct-2", ".3f"), "ended": ("ended by itself", ".2f"),
                "unsure": ("unsure", ".2f"), "best at": ("best_step", ""), "s": ("seconds", ".0f")}
