@@ -51,7 +51,7 @@ def track(items: Iterable, label: str, total: int, unit: str,
         done += size(item)
         seconds = time.perf_counter() - start
         mark = int(4 * seconds) if terminal else 10 * done // max(total, 1)
-        if mark > shown or done == total:
+        if mark > shown or done >= total:
             shown, rate = mark, (done - first) / max(seconds, 1e-9)
             left = f"{max(total - done, 0) / rate:.0f}s left" if rate else ""
             text = (f"{label} {done / max(total, 1):4.0%} | {done:,}/{total:,} {unit} | "
@@ -165,7 +165,7 @@ def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
     return kept, audit
 
 class Batch(NamedTuple):
-    """B pairs, flat: each prompt once, then its responses; no padding. All int64.
+    """B pairs, flat: each prompt once, then its responses; no pads in `tokens`. All int64.
 
     A response's last token is only predicted, so it stands in `targets` alone. Responses are
     numbered chosen first: pair b's chosen is b, its rejected B + b. One side only: there are B.

@@ -1,7 +1,8 @@
 """The DPO loss, and the loop that trains a model with it.
 
 Read in this order: VARIANTS, dpo_loss (equation 7), response_logp (what goes into it), the two
-objectives, cosine_lr, train_step, val_step, evaluate, reference_logp, fit. Needs torch alone.
+objectives, cosine_lr, sums and means, train_step, val_step, evaluate, reference_logp, check_start,
+fit. Needs torch alone.
 
 A batch is any object with tokens (any shape), pairs (B,) int64: which pairs of the data set it
 holds, and lengths (2B,) int64: of its responses in tokens. A policy is a callable, in torch's
@@ -22,10 +23,10 @@ from torch import Tensor, nn
 Objective = Callable[[Tensor, object], dict[str, Tensor]]  # (logp, batch) to metrics (B,) by name
 Context = Callable[[], AbstractContextManager]  # opens a context: of autocast, or of nothing
 
-# Each variant's loss of a margin h (reward of chosen - reward of rejected), with beta b and label
-# smoothing e. Those in SMOOTHED use e; for those in PER_TOKEN a logp is a mean over its tokens.
+# Each variant's loss of h, the margin (chosen reward - rejected reward), with b, beta, and e, label
+# smoothing. Those in SMOOTHED use e; for those in PER_TOKEN a logp is a mean over its tokens.
 VARIANTS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
-    # Rafailov et al. 2023, equation 7; with e Mitchell's conservative DPO: a label is wrong with e
+    # Rafailov et al. 2023, equation 7; with e Mitchell's conservative DPO: a share e of labels lies
     "sigmoid": lambda h, b, e: -(1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h),
     # Chowdhury et al. 2024 (arXiv:2403.00409): its mean over such labels is the loss of true ones
     "robust": lambda h, b, e: (-(1 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1 - 2 * e),
@@ -50,7 +51,7 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
         reward = beta * (policy's logp - reference's logp)
 
     Takes four (B,) logps: log p(response | prompt), in nats, summed over the response; and, for the
-    variants in PER_TOKEN, the responses' lengths, (B,), to divide them by. Returns loss, chosen
+    variants in PER_TOKEN, the responses' tokens, (B,) int64, to divide by. Returns loss, chosen
     reward, rejected reward, (B,) each; no gradient through the rewards, none to the reference.
     Raises ValueError unless beta is above 0, for an unknown variant, for an option that it does not
     use, and for lengths that it lacks.
@@ -68,7 +69,8 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     if variant in PER_TOKEN:
         chosen_reward = chosen_reward / chosen_tokens
         rejected_reward = rejected_reward / rejected_tokens
-    loss = VARIANTS[variant](chosen_reward - rejected_reward, beta, label_smoothing)
+    margin = chosen_reward - rejected_reward
+    loss = VARIANTS[variant](margin, beta, label_smoothing)  # "sigmoid": -log sigmoid(margin)
     return loss, chosen_reward.detach(), rejected_reward.detach()
 
 def check_options(beta: float, variant: str, label_smoothing: float) -> None:
@@ -151,7 +153,7 @@ def dpo_objective(reference: Tensor, beta: float, variant: str = "sigmoid",
                   label_smoothing: float = 0.0, sft_coef: float = 0.0) -> Objective:
     """The objective of DPO, with the metrics' names of the field.
 
-    reference (pairs, 2): the reference's logp of every pair's chosen and rejected response.
+    reference (pairs, 2) float32: its logps of every pair's chosen and rejected response, in nats.
     sft_coef adds that times sft_objective of the chosen response (Pang et al. 2024,
     arXiv:2404.19733, equation 1): the common cure for chosen responses that become less likely.
     """
@@ -212,8 +214,8 @@ def train_step(policy: Callable, micro_batches: list, optimizer: torch.optim.Opt
     """One update from the mean gradient over the pairs of all micro-batches, of all processes.
 
     Returns sums over these pairs: each metric, "pairs", "tokens"; and of the update: "updates" 1,
-    "lr", and "grad_norm", before it was clipped to max_norm. A gradient that is not finite makes no
-    update, as does such a loss, and "skipped" 1 is returned alone.
+    "lr", and "grad_norm", before it was clipped to max_norm. A gradient or loss that is not finite
+    makes no update: then {"skipped": 1} is returned.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -279,7 +281,7 @@ def check_start(policy: Callable, batch: object, reference: Tensor, beta: float,
                 autocast: Context, tolerance: float) -> None:
     """Before DPO's first update the policy is the reference: rewards are 0 and the loss is ln 2.
 
-    What is left is rounding, which differs between `batch` and the batches of reference_logp.
+    What may be left is rounding, if `batch` is none of the batches that reference_logp had.
     Raises ValueError where the mean loss or a mean reward is off by `tolerance` or more.
     """
     start = means(val_step(policy, batch, dpo_objective(reference, beta), autocast))

@@ -117,8 +117,8 @@ class Log(dict):
                 line = json.loads(text)
                 self[tuple(line[name] for name in names)] = line
             except (ValueError, LookupError, TypeError):
-                raise ValueError(f"{path}, line {number}: expected an object with "
-                                 f"{', '.join(names)}, found {text[:80]!r}; delete it") from None
+                raise ValueError(f"{path}, line {number}: found {text[:80]!r}, expected an object "
+                                 f"with {', '.join(names)}; delete that line") from None
 
     def add(self, line: dict) -> None:
         self.file.write(json.dumps(line).encode() + b"\n")
@@ -292,7 +292,7 @@ def evaluate(config: argparse.Namespace) -> None:
     log, answers, logps, verdicts = Log(folder / "answers.jsonl", "prompt", "key"), {}, [], {}
     for name, path in paths.items():
         model = GPT2.from_pretrained(data.fetch_model(path))
-        model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+        model.requires_grad_(False).to(torch.accelerator.current_accelerator(True) or "cpu")
         room = min(run["max_prompt_tokens"], model.config.n_positions - config.max_new_tokens)
         answers[name] = sample_answers(model, name, [p.prompt for p in pairs], config, room, log)
         texts[name] = [answer["text"] for answer in answers[name]]

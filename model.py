@@ -45,13 +45,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     q is (B, H, T, D), k and v (B, H, S, D). No mask: each token sees itself and what is before it.
     """
-    if q.device.type != "cpu" or q.shape[-2] > 128:  # fused: no (T, S) waits for the gradient
+    if q.device.type != "cpu" or q.shape[-2] > 128:  # fused: keeps no (T, S) for the backward
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     if mask is None:  # written out: on a CPU, for rows so short, the fused one takes thrice as long
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
-    scores = scores.div_(math.sqrt(q.shape[-1])).masked_fill_(~mask, -math.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)).div_(q.shape[-1] ** 0.5)
+    return scores.masked_fill_(~mask, -math.inf).softmax(-1).to(v.dtype) @ v
 
 def causal(qkv: Tensor, layer: int = 0) -> Tensor:
     """Each token sees itself and what is before it in its row: (B, T, 3, H, D) to (B, T, H, D)."""
@@ -103,7 +102,7 @@ def initialize(module: nn.Module, n_layer: int) -> None:
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if "c_proj" in name else 0.02)
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019), its modules under the names of OpenAI's checkpoint."""
+    """GPT-2 (Radford et al. 2019), named as in OpenAI's files; from_pretrained: load_pretrained."""
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
@@ -121,10 +120,9 @@ class GPT2(nn.Module):
         (M,). Raises ValueError for rows longer than the context, where positions are not given.
         """
         if positions is None:
-            length, context = tokens.shape[-1], self.config.n_positions
-            if length > context:
+            positions = torch.arange(tokens.shape[-1], device=tokens.device)
+            if (length := len(positions)) > (context := self.config.n_positions):
                 raise ValueError(f"rows of {length} tokens, a context of {context}: cut the rows")
-            positions = torch.arange(length, device=tokens.device)
         x = self.wte(tokens) + self.wpe(positions)
         for layer, block in enumerate(self.h):
             x = block(x, attend, layer)
@@ -133,11 +131,6 @@ class GPT2(nn.Module):
     def forward(self, tokens: Tensor, *args, **kwargs) -> Tensor:
         """Logits (B, T, V), or (M, V) where `at` asks for them; the arguments of hidden."""
         return F.linear(self.hidden(tokens, *args, **kwargs), self.wte.weight)
-
-    @staticmethod
-    def from_pretrained(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> "GPT2":
-        """A GPT-2 from its files: see load_pretrained, at the end."""
-        return load_pretrained(name_or_path, dtype)
 
 def cached(qkv: Tensor, layer: int, kv: Tensor, positions: Tensor) -> Tensor:
     """Attention over what earlier calls left in kv (n_layer, 2, B, H, places, D): the KV cache.
@@ -163,7 +156,8 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
         ordered, order = p.sort(descending=True)
         ordered[:, top_k or p.shape[-1]:] = 0.0
         before = ordered.cumsum(-1) - ordered  # the probability of the likelier ones
-        ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0.0
+        enough = before >= top_p * ordered.sum(-1, keepdim=True)
+        ordered[:, 1:][enough[:, 1:]] = 0.0  # the likeliest stays
         p = p.scatter(-1, order, ordered)
     # By the inverse of the distribution function: torch.multinomial draws a number for each token.
     cdf = p.cumsum(-1)
@@ -182,19 +176,17 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
     """
     c, weight = model.config, model.wte.weight
     short, long = min(map(len, prompts)), max(map(len, prompts))
-    if short < 1 or max_tokens < 1 or long + max_tokens > c.n_positions:
+    if short < 1 or max_tokens < 1 or (places := long + max_tokens) > c.n_positions:
         raise ValueError(f"prompts of {short} to {long} tokens, {max_tokens} to come: expected 1 "
                          f"or more, {c.n_positions} together; cut prompts from the left")
     tensor = partial(torch.tensor, device=weight.device)
     generator = torch.Generator(weight.device).manual_seed(seed)
-    kv = weight.new_zeros(c.n_layer, 2, len(prompts), c.n_head, long + max_tokens,
-                          c.n_embd // c.n_head)
+    kv = weight.new_zeros(c.n_layer, 2, len(prompts), c.n_head, places, c.n_embd // c.n_head)
     tokens = tensor([p + [0] * (long - len(p)) for p in prompts])  # (B, T)
     positions, lengths = tensor([range(long)] * len(prompts)), tensor([len(p) for p in prompts])
     last = tensor([row * long + len(p) - 1 for row, p in enumerate(prompts)])
-    answers = [[] for _ in prompts]
-    going = answers  # those that still grow, one for each row of the batch
-    for end in range(long, long + max_tokens):
+    going = answers = [[] for _ in prompts]  # going: those that still grow, one a row of the batch
+    for end in range(long, places):
         attend = partial(cached, kv=kv[..., :end, :], positions=positions)
         new = sample(model(tokens, positions, attend, last), temperature, top_k, top_p, generator)
         for answer, token in zip(going, new.tolist(), strict=True):
@@ -215,7 +207,7 @@ def strongest(model: GPT2, mlp: MLP, text: Tensor, width: int) -> MLP:
     """A new MLP of the `width` neurons of `mlp` that write most on text (B, T), to stand for all.
 
     A neuron writes its value times its column of c_proj: the largest in root mean square stay, in
-    their order; what the others write on average goes into the bias. Of full width: `mlp` itself.
+    their order; what the others write on average goes into the bias. Of full width: as `mlp`.
     """
     seen: list[Tensor] = []
     with mlp.c_proj.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs)):
@@ -237,16 +229,16 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64, init: str
     "parallel": a small MLP beside the old one (He et al. 2022, arXiv:2110.04366); its last layer is
     0 at first, so that the model computes what it did; it alone trains. "replace": a small MLP for
     the old one, random (init "scratch") or of its strongest neurons on text that the model writes
-    ("pretrained"); all weights train, as they do with "none". Raises ValueError for anything else.
+    ("pretrained"); all weights train, as they do with "none". Random weights are drawn from torch's
+    global generator. Raises ValueError for anything else.
     """
     c, sizes = model.config, 1 <= width <= model.config.n_inner and 0 <= layers <= len(model.h)
     if kind not in KINDS or init not in INITS or not sizes:
         raise ValueError(f"adapters {kind}, {init}, width {width}, {layers} layers: expected "
                          f"{KINDS}, {INITS}, 1 to {c.n_inner}, 0 to {c.n_layer}")
     if pretrained := (kind, init) == ("replace", "pretrained"):
-        starts, length = [[c.vocab_size - 1]] * 64, min(128, c.n_positions)
-        text = generate(model, starts, length - 1, end_token=-1)
-        text = torch.tensor(text, device=model.wte.weight.device)
+        ids = generate(model, [[c.vocab_size - 1]] * 64, min(128, c.n_positions) - 1, end_token=-1)
+        text = torch.tensor(ids, device=model.wte.weight.device)
     model.requires_grad_(kind != "parallel")
     for block in model.h[-layers:] if kind != "none" else ():
         adapter = MLP(c.n_embd, width).to(model.wte.weight)
@@ -280,7 +272,6 @@ def merge_adapters(model: GPT2) -> GPT2:
 # Files. OpenAI stores these four kernels as (in, out), nn.Linear as (out, in): they are transposed
 # on the way in and out. The attention's c_proj is square, so no check of shapes would notice.
 KERNELS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MASKS = (".attn.bias", ".attn.masked_bias")  # buffers among the tensors, no weights
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ASSUMED = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
            "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
@@ -303,10 +294,10 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         if any(text.count(b'"%s"' % k) != len(header) for k in b"dtype shape data_offsets".split()):
             raise ValueError("a key stands twice")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (start, stop), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
-            shape = entry["shape"]  # up to 8 sides: the product of a million would take minutes
-            sane = len(shape) < 9 and all(type(n) is int and 0 <= n <= size
-                                          for n in (start, stop, *shape))
+            (start, stop), shape = entry["data_offsets"], entry["shape"]
+            dtype, numbers = DTYPES[entry["dtype"]], (start, stop, *shape)
+            # Up to 8 sides: the product of a million would take minutes.
+            sane = len(shape) < 9 and all(type(n) is int and 0 <= n <= size for n in numbers)
             if not sane or start != end or stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name:.99} at {start} to {stop}, after {end} of {size}")
             tensor, end = torch.empty(shape, dtype=dtype), stop
@@ -321,8 +312,7 @@ def load_pretrained(name_or_path: str | Path, dtype: torch.dtype = torch.float32
     name_or_path: a folder, such a file, or a name like gpt2: then the folder models/gpt2, which
     data.fetch_model fills. Raises FileNotFoundError or ValueError. No code in a file is run.
     """
-    path = Path(name_or_path)
-    path = path if path.exists() else "models" / path
+    path = Path(name_or_path) if Path(name_or_path).exists() else Path("models", name_or_path)
     files = [path, path / "model.safetensors", path / "pytorch_model.bin"]
     file = next((f for f in files if f.is_file() and f.with_name("config.json").exists()), None)
     if file is None:
@@ -337,19 +327,20 @@ def load_pretrained(name_or_path: str | Path, dtype: torch.dtype = torch.float32
         shape["n_inner"] = values.get("n_inner") or 4 * shape["n_embd"]
         with torch.device("meta"):  # no memory yet: the weights will be those that are read
             model = GPT2(GPT2Config(**shape))
-        for name, tensor in (read_safetensors(file) if file.suffix == ".safetensors" else
-                             torch.load(file, map_location="cpu", weights_only=True).items()):
+        for name, p in (read_safetensors(file) if file.suffix == ".safetensors" else
+                        torch.load(file, map_location="cpu", weights_only=True).items()):
             name = name.removeprefix("transformer.")
-            if not name.endswith(MASKS):
-                tensor = tensor.T if name.endswith(KERNELS) else tensor
-                weights[name] = tensor.to(dtype).contiguous()
+            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, no weights
+                weights[name] = (p.T if name.endswith(KERNELS) else p).to(dtype).contiguous()
         head = weights.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, weights["wte.weight"]):
             raise ValueError("lm_head.weight differs from wte.weight, expected one matrix for both")
         model.load_state_dict(weights, assign=True)  # names what is missing, surplus or misshapen
     except Exception as error:  # a damaged file, a pickle above all, raises whatever it likes
-        raise ValueError(f"{file}: no GPT-2 that this code can load: {error!s:.600}") from error
+        raise ValueError(f"{file}: damaged (then delete it), or no GPT-2 that this code can load: "
+                         f"{error!s:.600}") from error
     return model
+GPT2.from_pretrained = staticmethod(load_pretrained)
 
 def save_pretrained(model: GPT2, folder: str | Path) -> None:
     """Write config.json and model.safetensors, adapters merged in, as `transformers` reads them."""

@@ -1,7 +1,7 @@
 """Fine-tune GPT-2 on hh-rlhf: SFT on the chosen answers, then DPO. `python train.py --help`.
 
 Read in this order: Config (the options), Policy (from a batch to log-probabilities), Run (what a
-run writes and prints), train_stage, show_demo, load, load_parts, run (the whole job).
+run writes and prints), train_stage, show_demo, load, load_parts, job (all of it).
 """
 
 import argparse
@@ -26,7 +26,6 @@ import data
 import dpo
 from model import GPT2, INITS, KINDS, GPT2Config, add_adapters, generate, in_rows, save_pretrained
 
-EVAL_PAIRS = 64  # in a batch of the passes without gradients
 SHOWN = {"loss": ("loss", ".4f"), "rewards/margins": ("margin", "+.3f"), "lr": ("lr", ".1e"),
          "rewards/accuracies": ("accuracy", ".3f"), "tokens_per_second": ("tok/s", ",.0f"),
          "best": ("best", ".4f"), "best_step": ("at", ""), "seconds_left": ("seconds left", ".0f")}
@@ -50,7 +49,7 @@ class Config:
     max_tokens: int = option(512, "of a prompt and one answer; a longer answer is cut")
     max_prompt_tokens: int = option(256, "of a prompt; a longer one is cut from the left")
     val_share: float = option(0.1, "of the prompts, for validation; of your own as much for test")
-    adapter: str = option("parallel", "small MLPs beside the old ones, for them, or none", *KINDS)
+    adapter: str = option("parallel", "small MLPs beside the old, in their place, or none", *KINDS)
     adapter_width: int = option(64, "neurons of an adapter")
     adapter_init: str = option("scratch", "of replace: random, or the strongest neurons", *INITS)
     adapter_layers: int = option(0, "how many of the upper layers have adapters; 0: all")
@@ -128,8 +127,7 @@ class Run:
             auto = "bfloat16"
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        if self.rank:
-            sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w") if self.rank else sys.stdout
         self.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
         self.autocast = partial(torch.autocast, kind, self.dtype, self.dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
@@ -139,15 +137,18 @@ class Run:
 
     def open(self, audit: dict) -> None:
         """Begin the folder, or find what to go on from. ValueError for another run's folder."""
-        path, options = self.folder / "config.json", asdict(self.config) | {"resume": False}
+        path, options = self.folder / "config.json", asdict(self.config)
+        options |= {"resume": False, "dtype": str(self.dtype)[6:]}  # auto is another one elsewhere
         if path.exists():
-            begun = json.loads(path.read_text()).get("options", {})
+            old = json.loads(path.read_text())
+            begun = old.get("options", {})
             other = [f"--{name} {value}, not {options.get(name)}" for name, value in begun.items()
                      if value != options.get(name) and name != "out"]  # it may have been moved
+            other += ["other pairs"] if old.get("audit") != audit else []
             if other or not begun or not self.config.resume:
                 found = "; ".join(other) or "a run is there" if begun else "not of a run"
-                raise ValueError(f"{path}: {found}: expected --resume and the options that the run "
-                                 f"began with, or another --out")
+                raise ValueError(f"{path}: {found}: expected --resume and all that the run began "
+                                 f"with, or another --out")
             if (last := self.folder / "last.pt").exists():
                 self.saved = torch.load(last, map_location="cpu", weights_only=True)
         if self.world > 1:
@@ -187,9 +188,9 @@ class Run:
             path.with_suffix(".part").replace(path)
         return str(path)
 
-    def batches(self, pairs: list[data.TokenPair], sides: tuple[str, ...]) -> Iterator[data.Batch]:
-        """This process's share of the pairs, by length, for a pass without gradients."""
-        for batch, in data.batches(pairs, EVAL_PAIRS, None, 0, 0, self.rank, self.world, 0, sides):
+    def batches(self, pairs: list, sides: tuple[str, ...] = data.SIDES) -> Iterator[data.Batch]:
+        """This process's share of the token pairs, by length, for passes without gradients."""
+        for batch, in data.batches(pairs, 64, None, 0, 0, self.rank, self.world, 0, sides):
             yield batch.to(self.device)
 
 def train_stage(stage: str, model: GPT2, parts: dict[str, list], reference: dict[str, Tensor],
@@ -276,14 +277,13 @@ def load_parts(config: Config, encoding: tiktoken.Encoding) -> tuple[dict[str, l
                                                  config.max_prompt_tokens)
         audit[part]["kept"] = len(parts[part])
         if not parts[part]:
-            raise ValueError(f"no pair for {part}, expected some: give more pairs, or a larger "
-                             f"--val_share")
+            raise ValueError(f"no pair for {part}: give more pairs, or a larger --val_share")
     for name, counts in audit.items():
         print(f"pairs  {name}:", ", ".join(f"{n:,} {what}" for what, n in counts.items()))
     return parts, audit
 
-def run(config: Config) -> int:
-    """The whole job: pairs, model, SFT, the reference's logps, DPO, test. Returns the exit code."""
+def job(config: Config) -> int:
+    """Pairs, model, SFT, the reference's logps, DPO, test. Returns the exit code."""
     out = Run(config)
     torch.manual_seed(config.seed)
     model, encoding = load(config)
@@ -292,38 +292,38 @@ def run(config: Config) -> int:
                        ("adapter_layers", shape.n_layer)):
         if (value := getattr(config, name)) > most:
             raise ValueError(f"--{name} is {value}, expected at most this model's {most}")
+    if encoding.n_vocab != shape.vocab_size:
+        raise ValueError(f"--model: {shape.vocab_size} words, expected GPT-2's {encoding.n_vocab}")
     parts, audit = load_parts(config, encoding)
     out.open(audit)
     in_dpo = out.saved["stage"] == "dpo"
-    model.to(out.device)
     adapters = (config.adapter, config.adapter_width, config.adapter_init, config.adapter_layers)
-    if config.adapter == "replace":  # SFT mends the new model, which is then DPO's reference
-        add_adapters(model, *adapters)
+    if config.adapter == "replace" and not (in_dpo and config.sft_epochs):
+        add_adapters(model.to(out.device), *adapters)  # SFT mends it, then it is DPO's reference
     if config.sft_epochs:
         if not in_dpo:
             shown = {part: [p._replace(chosen=p[1 + i % 2]) for i, p in enumerate(pairs)]
                      for part, pairs in parts.items()}  # the demo's SFT leaves the choice to DPO
-            train_stage("sft", model, shown if config.demo else parts, {}, out)
+            train_stage("sft", model.to(out.device), shown if config.demo else parts, {}, out)
         model = GPT2.from_pretrained(out.folder / "sft")
     policy = Policy(model.to(out.device))
     reference = out.saved["reference"] if in_dpo else {
         part: dpo.reference_logp(policy, data.track(
-            out.batches(pairs, data.SIDES), f"reference of {part}", len(pairs), "pairs",
+            out.batches(pairs), f"reference of {part}", len(pairs), "pairs",
             lambda batch: len(batch.pairs) * out.world), len(pairs), out.autocast)
         for part, pairs in parts.items()}
     if config.adapter != "replace":
         add_adapters(model, *adapters)
-    batch = next(data.batches(parts["train"], EVAL_PAIRS, config.seed))[0].to(out.device)
-    dpo.check_start(policy, batch, reference["train"], config.beta, out.autocast,
-                    config.beta * (1e-5 if out.dtype == torch.float32 else 5e-2))
+    dpo.check_start(policy, next(out.batches(parts["train"])), reference["train"], config.beta,
+                    out.autocast, config.beta * (1e-5 if out.dtype == torch.float32 else 5e-2))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"model  {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} train | "
           f"{out.device.type}, {str(out.dtype)[6:]} | torch {torch.__version__}", flush=True)
     state = train_stage("dpo", model, parts, reference, out)
 
     policy = Policy(GPT2.from_pretrained(out.folder / "best").to(out.device))
-    test = dpo.evaluate(policy, out.batches(parts["test"], data.SIDES),
-                        out.objective(reference["test"]), out.autocast)
+    test = dpo.evaluate(policy, out.batches(parts["test"]), out.objective(reference["test"]),
+                        out.autocast)
     accuracy, n = test["rewards/accuracies"], len(parts["test"])
     half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)  # of the 95% interval
     out.log("dpo", state["step"], "test", state["best_step"], test | {
@@ -335,7 +335,7 @@ def run(config: Config) -> int:
 def main(argv: list[str] | None = None) -> int:
     """0: a whole run, 1: a demo below its goal, 2 and one line: what its user can mend, 130: ^C."""
     try:
-        return run(parse(argv))
+        return job(parse(argv))
     except (ValueError, OSError, FloatingPointError) as error:
         print("error ", *str(error).split(), file=sys.stderr)  # torch's have several lines
         return 2

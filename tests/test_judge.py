@@ -343,8 +343,8 @@ def test_a_judge_that_refuses_yields_no_number(run, server, capsys):
 def test_a_damaged_line_amid_a_log_names_file_and_line(tmp_path, damaged):
     path, good = tmp_path / "verdicts.jsonl", b'{"order": "x", "prompt": "p"}\n'
     path.write_bytes(good + damaged + b"\n" + good)
-    with pytest.raises(ValueError, match=r"verdicts\.jsonl, line 2: expected an object with order, "
-                                         r"prompt, found"):
+    with pytest.raises(ValueError, match=r"verdicts\.jsonl, line 2: found .*, expected an object "
+                                         r"with order, prompt; delete"):
         judge.Log(path, "order", "prompt")
     path.write_bytes(good + damaged)  # only the last line may be torn: it is cut off
     assert judge.Log(path, "order", "prompt") == {("x", "p"): {"order": "x", "prompt": "p"}}
