@@ -156,8 +156,8 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
         ordered, order = p.sort(descending=True)
         ordered[:, top_k or p.shape[-1]:] = 0.0
         before = ordered.cumsum(-1) - ordered  # the probability of the likelier ones
-        enough = before >= top_p * ordered.sum(-1, keepdim=True)
-        ordered[:, 1:][enough[:, 1:]] = 0.0  # the likeliest stays
+        fewest = before < top_p * ordered.sum(-1, keepdim=True)
+        ordered[:, 1:] *= fewest[:, 1:]  # the likeliest stays
         p = p.scatter(-1, order, ordered)
     # By the inverse of the distribution function: torch.multinomial draws a number for each token.
     cdf = p.cumsum(-1)
@@ -293,11 +293,10 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         header.pop("__metadata__", None)
         if any(text.count(b'"%s"' % k) != len(header) for k in b"dtype shape data_offsets".split()):
             raise ValueError("a key stands twice")
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (start, stop), shape = entry["data_offsets"], entry["shape"]
-            dtype, numbers = DTYPES[entry["dtype"]], (start, stop, *shape)
-            # Up to 8 sides: the product of a million would take minutes.
-            sane = len(shape) < 9 and all(type(n) is int and 0 <= n <= size for n in numbers)
+        for name, meta in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (start, stop), shape, dtype = meta["data_offsets"], meta["shape"], DTYPES[meta["dtype"]]
+            sane = len(shape) < 9 and all(  # a product of a million sides would take minutes
+                type(n) is int and 0 <= n <= size for n in (start, stop, *shape))
             if not sane or start != end or stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name:.99} at {start} to {stop}, after {end} of {size}")
             tensor, end = torch.empty(shape, dtype=dtype), stop
@@ -316,8 +315,8 @@ def load_pretrained(name_or_path: str | Path, dtype: torch.dtype = torch.float32
     files = [path, path / "model.safetensors", path / "pytorch_model.bin"]
     file = next((f for f in files if f.is_file() and f.with_name("config.json").exists()), None)
     if file is None:
-        raise FileNotFoundError(f"{path}: expected {' or '.join(f.name for f in files[1:])} beside "
-                                f"a config.json there; data.fetch_model downloads gpt2")
+        raise FileNotFoundError(f"{path}: expected model.safetensors or pytorch_model.bin there, "
+                                f"beside a config.json; data.fetch_model downloads gpt2")
     try:
         values, weights = json.loads(file.with_name("config.json").read_bytes()), {}
         for key, ours in ASSUMED.items():

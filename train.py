@@ -48,7 +48,7 @@ class Config:
     dtype: str = option("auto", "of matrix products", "auto", "float32", "bfloat16", "float16")
     max_tokens: int = option(512, "of a prompt and one answer; a longer answer is cut")
     max_prompt_tokens: int = option(256, "of a prompt; a longer one is cut from the left")
-    val_share: float = option(0.1, "of the prompts, for validation; of your own as much for test")
+    val_share: float = option(0.05, "of the prompts, for validation; of your own as much for test")
     adapter: str = option("parallel", "small MLPs beside the old, in their place, or none", *KINDS)
     adapter_width: int = option(64, "neurons of an adapter")
     adapter_init: str = option("scratch", "of replace: random, or the strongest neurons", *INITS)
@@ -83,8 +83,8 @@ class Config:
         if self.demo and (self.pairs or not self.sft_epochs):
             raise ValueError("--demo: expected its own pairs, and some --sft_epochs")
 
-DEMO = {"out": "out/demo", "dtype": "float32", "max_tokens": 100, "max_prompt_tokens": 60,
-        "beta": 1.0, "sft_epochs": 2, "sft_lr": 2e-3, "epochs": 1, "lr": 5e-4}  # --demo's defaults
+DEMO = {"out": "out/demo", "dtype": "float32", "max_tokens": 100, "max_prompt_tokens": 60, "beta":
+        1.0, "val_share": 0.1, "sft_epochs": 2, "sft_lr": 2e-3, "lr": 5e-4}  # --demo's defaults
 
 def parse(argv: list[str] | None = None) -> Config:
     argv = sys.argv[1:] if argv is None else argv

@@ -385,7 +385,7 @@ def precision(pairs: list[data.TokenPair], path: str) -> None:
 
 
 def epoch(path: str, hh_dir: str) -> None:
-    """Where the time of an epoch of DPO goes: train.py's defaults but for SFT, all weights."""
+    """Where the time of an epoch of DPO of all weights goes; train.py's defaults, but no SFT."""
     seconds: dict[str, float] = {}
     def timed(module: object, name: str) -> None:
         function = getattr(module, name)

@@ -25,7 +25,7 @@ import judge
 import train
 from model import GPT2
 
-SHARED = {"subsets": "helpful-base,helpful-rejection-sampled", "epochs": 2}
+SHARED = {"subsets": "helpful-base,helpful-rejection-sampled", "epochs": 2, "val_share": 0.1}
 PARALLEL, NONE = {"lr": 1e-3}, {"adapter": "none", "lr": 2e-5}
 REPLACE = NONE | {"adapter": "replace", "adapter_width": 256, "sft_epochs": 4}
 ROWS = {"parallel": PARALLEL | {"sft_epochs": 2, "sft_lr": 1e-4}, "none": NONE,
