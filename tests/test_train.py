@@ -356,7 +356,28 @@ def test_a_run_is_never_resumed_with_other_options_nor_overwritten(world, capfd)
     found = refused(argv(world, "begun", resume=True, beta=0.25, seed=7), capfd)
     for words in ("--beta 0.1, not 0.25", "--seed 0, not 7"):
         assert words in found
-    assert "--lr" not in found and (world / "begun" / "config.json").read_bytes() == before
+    assert "--lr" not in found
+    found = refused(argv(world, "begun", resume=True), capfd)  # it began with no pairs at all
+    assert "other pairs" in found and "--beta" not in found
+    assert (world / "begun" / "config.json").read_bytes() == before
+
+
+def test_a_run_keeps_the_dtype_that_auto_was_where_it_began(world, monkeypatch):
+    """Elsewhere auto may be another one, and the weights would no longer be those of one run."""
+    for native, name in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {
+            "avx512_bf16": native})
+        words = argv(world, f"auto_{name}", dtype="auto")
+        train.Run(train.parse(words)).open({})
+        config = json.loads((world / f"auto_{name}" / "config.json").read_text())
+        assert config["options"]["dtype"] == name
+    with pytest.raises(ValueError, match="--dtype bfloat16, not float32"):
+        train.Run(train.parse([*argv(world, "auto_bfloat16", dtype="auto"), "--resume"])).open({})
+
+
+def test_a_model_of_another_vocabulary_is_refused(world, capfd):
+    found = refused(argv(world, "refused", model=world / "bytes"), capfd)
+    assert "257" in found and "50257" in found and not (world / "refused").exists()
 
 
 # Processes: ended at any moment, and several at once.
