@@ -4,8 +4,6 @@ import argparse
 import json
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 NAMES = ("loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
 
 
@@ -14,6 +12,7 @@ def main() -> None:
     parser.add_argument("out", nargs="?", default="out", help="the run's folder")
     parser.add_argument("--to", default="", help="the picture; else curves.png in the run's folder")
     args = parser.parse_args()
+    from matplotlib.figure import Figure  # no requirement of the tests
     rows = [json.loads(line) for line in Path(args.out, "metrics.jsonl").read_text().splitlines()]
     figure = Figure((12, 3), layout="constrained")
     for axis, name in zip(figure.subplots(1, 4), NAMES, strict=True):
