@@ -83,11 +83,14 @@ def ours(job: dict, batches: list[list[data.TokenPair]], device: str) -> list:
     naive = Naive(model, "head" not in ideas)
     first = [0, *np.cumsum([len(batch) for batch in batches])]
     frozen = None
+    def passes(batch: list[data.TokenPair], n: int) -> list[data.Batch]:  # of 32, as train.py's
+        return [data.flatten(some := batch[i:i + 32], np.arange(n + i, n + i + len(some)),
+                             groups=groups).to(device) for i in range(0, len(batch), 32)]
     if "flat" in ideas:
         policy, groups = Policy(model), 8 if "groups" in ideas else 1
-        made = [data.flatten(batch, np.arange(n, n + len(batch)), groups=groups)
-                for n, batch in zip(first, batches, strict=False)]
-        reference = dpo.reference_logp(policy, [b.to(device) for b in made], len(everything), cast)
+        reference = dpo.reference_logp(policy, (
+            part for n, batch in zip(first, batches, strict=False) for part in passes(batch, n)),
+            len(everything), cast)
     elif "reference" in ideas:
         with torch.no_grad(), cast():
             reference = torch.cat([naive(*(x.to(device) for x in padded(batch))).float().view(
@@ -101,9 +104,9 @@ def ours(job: dict, batches: list[list[data.TokenPair]], device: str) -> list:
     for n, batch in zip(first, batches, strict=False):
         clock = begin(device)
         if "flat" in ideas:
-            flat = data.flatten(batch, np.arange(n, n + len(batch)), groups=groups).to(device)
+            parts = passes(batch, n)
             objective = dpo.dpo_objective(reference.to(device), BETA)
-            sums = dpo.train_step(policy, [flat], optimizer, objective, autocast=cast)
+            sums = dpo.train_step(policy, parts, optimizer, objective, autocast=cast)
             results.append([clock(), sums["loss"] / len(batch)])
             continue
         tokens, mask = (x.to(device) for x in padded(batch))
