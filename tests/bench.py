@@ -348,7 +348,7 @@ def matrix_rate(tokens: int, predictions: int) -> float:
 
 
 def scaling(pairs: list[data.TokenPair], sizes: list[int]) -> None:
-    """Time a token and peak memory of our step, full fine-tuning, by the pairs in it."""
+    """Time a token and peak memory of our step, full fine-tuning, in passes of up to 32 pairs."""
     print("| pairs a step | tokens | s | us a token | peak GB |\n|---|---|---|---|---|")
     for size in sizes:
         with tempfile.TemporaryDirectory() as name:
