@@ -1,25 +1,31 @@
-"""hh-rlhf: from the download to flat batches, every pair accounted for.
+"""hh-rlhf: from a line of its files to a batch of tensors. Every pair is accounted for.
 
-Read in this order: track (progress); Pair, read_pairs (what a line holds, what is kept), split;
-TokenPair, tokenize (text to ids); Batch, flatten, batches (ids to tensors); demo_pairs; download
-and what it fetches. Needs torch, numpy, tiktoken, requests. Letters: B pairs, N tokens of a flat
-batch, M predictions, R rows of T tokens in a group of rows.
+Read from top to bottom:
+
+1. pairs       what a comparison is, how a line becomes one, which part of the data it goes to
+2. tokens      from text to ids, and what is cut
+3. batches     from ids to tensors, without padding
+4. the demo    made-up pairs whose truth is known
+5. helpers     progress lines; the options with which a run began
+6. downloads   hh-rlhf and GPT-2, from the Hugging Face hub
+
+Needs torch, numpy, tiktoken and requests. The letters in the shapes: B pairs, N tokens of a packed
+batch, M predictions, R rows of a grid, T tokens of a row.
 """
 
+import email.utils
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import re
-import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from email.utils import parsedate_to_datetime
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -31,289 +37,494 @@ from torch import Tensor
 
 try:
     import fcntl
-except ImportError:  # Windows: two downloads of one file don't wait for each other
+except ImportError:                # Windows has no such locks: two processes there don't wait
     fcntl = None
 
+# 1. Pairs ---------------------------------------------------------------------------------------
+
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
-HUMAN, ASSISTANT, SIDES = "\n\nHuman:", "\n\nAssistant:", ("chosen", "rejected")
-NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M, 1.6B parameters
+SIDES = ("chosen", "rejected")
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
 
-def track(items: Iterable, label: str, total: int, unit: str,
-          size: Callable = lambda item: 1, done: int = 0) -> Iterator:
-    """Yield the items; show share done, rate and time left, in `unit`s: an item is `size` of them.
-
-    On a terminal one line is rewritten in place; in a log file each tenth is a new line. What was
-    `done` before counts for the share, not for the rate.
-    """
-    start, first, shown, terminal = time.perf_counter(), done, -1, sys.stdout.isatty()
-    for item in items:
-        yield item
-        done += size(item)
-        seconds = time.perf_counter() - start
-        mark = int(4 * seconds) if terminal else 10 * done // max(total, 1)
-        if mark > shown or done >= total:
-            shown, rate = mark, (done - first) / max(seconds, 1e-9)
-            left = f"{max(total - done, 0) / rate:.0f}s left" if rate else ""
-            text = (f"{label} {done / max(total, 1):4.0%} | {done:,}/{total:,} {unit} | "
-                    f"{rate:,.0f} {unit}/s | {left}")
-            print(f"\r\033[K{text}" if terminal else text,
-                  end="" if terminal and done < total else "\n", flush=True)
 
 class Pair(NamedTuple):
-    """A comparison: a prompt, up to and with its "\\n\\nAssistant:", and two responses to it.
+    """A comparison: two responses to one prompt, of which people preferred the chosen one.
 
-    A response keeps its leading space: on this data the ids of prompt and response, tokenized
-    apart, are then those of both tokenized together.
+    The prompt goes up to and with its "\\n\\nAssistant:". A response keeps its leading space: so the
+    ids of prompt and response, tokenized apart, are those of both tokenized together.
     """
     prompt: str
     chosen: str
     rejected: str
 
-def _parse(line: bytes) -> Pair | str:
-    """The pair in a line, or the reason why it is dropped; ValueError where there is neither."""
+
+def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
+    """The dialogues of one question and one answer in a JSONL file, and what became of its rows.
+
+    The file may be plain or .gz. Each line is an object with the strings "chosen" and "rejected".
+    These are whole dialogues, as in hh-rlhf; or, where there is a third string "prompt", only the
+    answers to it. The audit counts "rows", "kept", and each reason for which a row was dropped.
+
+    Raises ValueError, with the file and the line, for a line that is not of this form.
+    """
+    pairs = []
+    audit = Counter(rows=0, kept=0)
+    opened = gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
+    line = b""
+    try:
+        with opened as file:
+            for line in file:
+                audit["rows"] += 1
+                result = parse_line(line)
+                if isinstance(result, Pair):
+                    audit["kept"] += 1
+                    pairs.append(result)
+                else:
+                    audit[result] += 1
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: no whole gzip file, it breaks off after line {audit['rows']} "
+                         f"({error}); delete it, and download it again") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {audit['rows']}: {error}, in {line!r:.80}; expected a JSON "
+                         f"object with the strings chosen and rejected, and perhaps prompt: correct "
+                         f"the line, or delete the file") from None
+    return pairs, audit
+
+
+def parse_line(line: bytes) -> Pair | str:
+    """The pair in a line, or the reason why it is dropped. ValueError where there is neither."""
     row = json.loads(line.decode())
     if not isinstance(row, dict):
         raise ValueError("no object")
-    for key in SIDES if "prompt" not in row else ("prompt", *SIDES):
-        if not isinstance(row.get(key), str):
-            raise ValueError(f"{key} is {row[key]!r:.80}" if key in row else f"no {key}")
-    texts = [row[side] for side in SIDES]
+    for key in ("prompt", "chosen", "rejected"):
+        if key not in row and key != "prompt":
+            raise ValueError(f"no {key}")
+        if key in row and not isinstance(row[key], str):
+            raise ValueError(f"{key} is {row[key]!r:.80}")
+
+    chosen = row["chosen"]
+    rejected = row["rejected"]
     if "prompt" in row:
-        prompt = row["prompt"] if row["prompt"].startswith(HUMAN) else f"{HUMAN} {row['prompt']}"
-        prompt = prompt.rstrip().removesuffix(ASSISTANT) + ASSISTANT
-        texts = [f"{prompt} {text.lstrip()}" for text in texts]
-    if {(t.startswith(HUMAN), t.count(HUMAN), t.count(ASSISTANT)) for t in texts} != {(True, 1, 1)}:
-        return "not one turn"
-    (prompt, chosen), (other, rejected) = (text.split(ASSISTANT) for text in texts)
-    if prompt != other:
+        prompt = as_dialogue(row["prompt"])
+        chosen = prompt + " " + chosen.lstrip()
+        rejected = prompt + " " + rejected.lstrip()
+
+    for dialogue in (chosen, rejected):
+        if not dialogue.startswith(HUMAN):
+            return "not one turn"
+        if dialogue.count(HUMAN) != 1 or dialogue.count(ASSISTANT) != 1:
+            return "not one turn"
+
+    chosen_prompt, chosen_response = chosen.split(ASSISTANT)
+    rejected_prompt, rejected_response = rejected.split(ASSISTANT)
+    if chosen_prompt != rejected_prompt:
         return "prompts differ"
-    if not chosen.strip() or not rejected.strip():
+    if not chosen_response.strip() or not rejected_response.strip():
         return "empty answer"
-    return "equal answers" if chosen == rejected else Pair(prompt + ASSISTANT, chosen, rejected)
+    if chosen_response == rejected_response:
+        return "equal answers"
+    return Pair(chosen_prompt + ASSISTANT, chosen_response, rejected_response)
 
-def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
-    """The single-turn pairs in a JSONL file, plain or .gz, and the audit: what became of its rows.
 
-    A line is an object with the strings chosen and rejected: whole dialogues, or, with a third
-    string, prompt, what follows it. The audit counts "rows", "kept", and each reason for dropping
-    one. A line that is none of this is an error: ValueError with file, line and what was found.
+def as_dialogue(prompt: str) -> str:
+    """A prompt in hh-rlhf's form, whether its turns were marked or not.
+
+    >>> as_dialogue("Hello") == as_dialogue("Human: Hello") == "\\n\\nHuman: Hello\\n\\nAssistant:"
+    True
     """
-    pairs, audit, number, line = [], Counter(rows=0, kept=0), 0, b""
-    try:
-        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-            for line in file:
-                number += 1
-                result = _parse(line)
-                audit.update(["rows", "kept" if isinstance(result, Pair) else result])
-                pairs += [result] if isinstance(result, Pair) else []
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: no whole gzip file, it breaks off after line {number} ({error})"
-                         f"; delete it, and download it again") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: {error}, in {line!r:.80}; expected a JSON object "
-                         f"with the strings chosen and rejected, and perhaps prompt: correct the "
-                         f"line, or delete the file") from None
-    return pairs, audit
+    prompt = prompt.strip().removesuffix("Assistant:").rstrip()
+    if not prompt.startswith("Human:"):
+        prompt = "Human: " + prompt
+    return "\n\n" + prompt + ASSISTANT
 
-def split(pairs: list[Pair], test: list[Pair], share: float) -> tuple[dict[str, list], Counter]:
-    """Parts "train", "val", "test", and a count of the pairs dropped since their prompt is in test.
 
-    A pair goes to val by the hash of its prompt (about `share` of them), so equal prompts are never
-    in two parts, in whatever order and on whatever machine. Without `test`, another share is it.
+def split(pairs: list[Pair], test: list[Pair],
+          share: float) -> tuple[dict[str, list[Pair]], Counter]:
+    """The splits "train", "val" and "test", and how many pairs were dropped from the first two.
+
+    About `share` of the prompts go to val. If there are no test pairs, as much again becomes test.
+    The hash of a prompt decides, so equal prompts are never in two splits, in whatever order the
+    pairs come. A pair whose prompt stands in `test` is dropped from the others, and counted.
     """
-    parts, dropped = {"train": [], "val": [], "test": list(test)}, Counter({"prompt is in test": 0})
-    held_out = {pair.prompt for pair in test}
-    limit = share if test else 2 * share
+    splits = {"train": [], "val": [], "test": list(test)}
+    dropped = Counter({"prompt is in test": 0})
+    test_prompts = {pair.prompt for pair in test}
     for pair in pairs:
-        digest = hashlib.sha256(pair.prompt.encode("utf-8", "surrogatepass")).digest()
-        place = int.from_bytes(digest[:8], "big") / 2**64  # in [0, 1], even
-        if pair.prompt in held_out:
+        place = place_of(pair.prompt)
+        if pair.prompt in test_prompts:
             dropped["prompt is in test"] += 1
+        elif place < share:
+            splits["val"].append(pair)
+        elif not test and place < 2 * share:
+            splits["test"].append(pair)
         else:
-            parts["train" if place >= limit else "val" if place < share else "test"].append(pair)
-    return parts, dropped
+            splits["train"].append(pair)
+    return splits, dropped
+
+
+def place_of(prompt: str) -> float:
+    """A number in [0, 1] that follows from the prompt alone, and is spread evenly over prompts."""
+    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+# 2. Tokens --------------------------------------------------------------------------------------
+
 
 class TokenPair(NamedTuple):
-    """A pair's ids, int32 each; a response ends with the end-of-text token unless it was cut."""
+    """The ids of a pair, int32 each. A response ends with end-of-text, unless it was cut."""
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
 
+
 def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
              max_prompt_tokens: int) -> tuple[list[TokenPair], Counter]:
-    """Ids of the pairs, and how many were "cut" (kept) or "equal after cutting" (dropped).
+    """The ids of the pairs; and how many pairs were "cut", or dropped as "equal after cutting".
 
-    Too long: the prompt is cut once, from the left, to max_prompt_tokens, then each response from
-    the right to what is left of max_tokens; a cut response has no end-of-text. Text that looks like
-    a special token is text. Raises ValueError where no room is left for a response.
+    A prompt that is too long loses its beginning, once, so that both sides have the same prompt.
+    Each response may then fill what is left of max_tokens. One that is too long loses its end and
+    has no end-of-text token: it does not end there. Text that looks like a special token is text.
+
+    Raises ValueError unless 0 < max_prompt_tokens < max_tokens.
     """
     if not 0 < max_prompt_tokens < max_tokens:
-        raise ValueError(f"max_prompt_tokens {max_prompt_tokens}, max_tokens {max_tokens}: expected"
-                         f" 0 < max_prompt_tokens < max_tokens, so that a response has room")
-    kept, audit = [], Counter()
-    for pair in track(pairs, "tokens", len(pairs), "pairs"):
-        # One by one: tiktoken's batch call makes a task of each text, far slower for short texts.
-        prompt, *responses = map(encoding.encode_ordinary, pair)
-        cut_prompt = prompt[-max_prompt_tokens:]
-        room = max_tokens - len(cut_prompt)
-        chosen, rejected = ([*ids, encoding.eot_token][:room] for ids in responses)
+        raise ValueError(f"max_prompt_tokens {max_prompt_tokens}, max_tokens {max_tokens}: expected "
+                         f"0 < max_prompt_tokens < max_tokens, so that a response has room")
+    kept = []
+    audit = Counter()
+    for pair in track(pairs, "tokenize", len(pairs), "pairs"):
+        whole_prompt = encoding.encode_ordinary(pair.prompt)
+        whole_chosen = encoding.encode_ordinary(pair.chosen) + [encoding.eot_token]
+        whole_rejected = encoding.encode_ordinary(pair.rejected) + [encoding.eot_token]
+
+        prompt = whole_prompt[-max_prompt_tokens:]
+        room = max_tokens - len(prompt)
+        chosen = whole_chosen[:room]
+        rejected = whole_rejected[:room]
+
         if chosen == rejected:
             audit["equal after cutting"] += 1
             continue
-        audit["cut"] += len(cut_prompt) < len(prompt) or max(map(len, responses)) >= room
-        kept.append(TokenPair(*(np.array(ids, np.int32) for ids in (cut_prompt, chosen, rejected))))
+        whole = len(whole_prompt) + len(whole_chosen) + len(whole_rejected)
+        if len(prompt) + len(chosen) + len(rejected) < whole:
+            audit["cut"] += 1
+        kept.append(TokenPair(np.array(prompt, np.int32), np.array(chosen, np.int32),
+                              np.array(rejected, np.int32)))
     return kept, audit
 
-class Batch(NamedTuple):
-    """B pairs, flat: each prompt once, then its responses; no pads in `tokens`. All int64.
 
-    A response's last token is only predicted, so it stands in `targets` alone. Responses are
-    numbered chosen first: pair b's chosen is b, its rejected B + b. One side only: there are B.
+# 3. Batches -------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """B pairs, packed: the tokens stand in one line, each prompt once, then its two responses.
+
+    dpo.packed_logps, which reads it, shows the batch of two short pairs with all its numbers.
+    Responses are numbered chosen first: pair b's chosen one is b, its rejected one B + b. A batch
+    for supervised fine-tuning has the chosen ones alone: B instead of 2B. int64 where not said.
     """
-    tokens: Tensor  # (N,) ids: prompt, chosen, rejected of the first pair, then of the next
-    positions: Tensor  # (N,) place in the row: a response goes on where its prompt ends
-    rows: tuple[Tensor, ...]  # (R, T) each: attention's rows, prompt and response: places in tokens
-    back: Tensor  # (N,) a place of each token in the rows, flattened and concatenated
-    predicts: Tensor  # (M,) places in tokens: the last of the prompt, then the response's
-    targets: Tensor  # (M,) ids: what is predicted there
-    response: Tensor  # (M,) in [0, 2B): whose prediction it is
-    lengths: Tensor  # (2B,) tokens of each response
-    pairs: Tensor  # (B,) the pairs' numbers in the data set
+    tokens: Tensor                 # (N,) the ids that the model reads
+    positions: Tensor              # (N,) of each token in its row, from 0
+    grids: tuple[Tensor, ...]      # (R, T) each: rows for attention; a cell is a place in `tokens`
+    cells: Tensor                  # (N,) a cell of each token, counted through all grids
+    predicts: Tensor               # (M,) the places in `tokens` that predict a token of a response
+    targets: Tensor                # (M,) the ids that are predicted there
+    owner: Tensor                  # (M,) the response, 0 to 2B - 1, to which the target belongs
+    response_tokens: Tensor        # (2B,) how many tokens each response has
+    pairs: Tensor                  # (B,) the pairs' numbers in the data set
+    reference: Tensor              # (2B,) float32: the reference's logps; nan while it is not asked
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        rows = tuple(row.to(device, non_blocking=True) for row in self.rows)
-        return Batch(*(rows if x is self.rows else x.to(device, non_blocking=True) for x in self))
+        return Batch(
+            tokens=self.tokens.to(device),
+            positions=self.positions.to(device),
+            grids=tuple(grid.to(device) for grid in self.grids),
+            cells=self.cells.to(device),
+            predicts=self.predicts.to(device),
+            targets=self.targets.to(device),
+            owner=self.owner.to(device),
+            response_tokens=self.response_tokens.to(device),
+            pairs=self.pairs.to(device),
+            reference=self.reference.to(device),
+        )
 
-def flatten(pairs: list[TokenPair], numbers: np.ndarray,
-            sides: tuple[str, ...] = SIDES, groups: int = 8) -> Batch:
-    """The Batch of these pairs, which are numbered `numbers` (B,) in the data set.
 
-    Attention's rows come in up to `groups` groups of like length, each padded to its longest.
+def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | None = None,
+         sides: tuple[str, ...] = SIDES, grids: int = 1) -> Batch:
+    """The Batch of these pairs, whose numbers in the data set are `numbers` (B,).
+
+    reference (2, pairs of the data set) float32: what dpo.reference_logps returned, or None.
+    grids: the rows are sorted by length and cut into so many grids, each as wide as its longest
+    row. More grids hold less padding, and take more calls.
     """
-    parts = [ids for p in pairs for ids in (p.prompt, *(getattr(p, s)[:-1] for s in sides))]
-    count = sum(map(len, parts))
-    places = np.split(np.arange(count), np.cumsum([len(part) for part in parts]))  # of each part
-    responses = [getattr(p, s) for s in sides for p in pairs]  # chosen first, and so are the rows
-    rows = [np.append(places[i], places[i + 1 + side]) for side in range(len(sides))
-            for i in range(0, len(parts), 1 + len(sides))]
-    lengths = np.array([len(response) for response in responses], np.int64)
-    positions, back, index, base = np.zeros(count, np.int64), np.zeros(count, np.int64), [], 0
+    line = []                      # arrays of ids: a prompt, its responses, the next prompt, ...
+    positions = []                 # an array for each array in `line`
+    length = 0                     # of the line so far, in tokens
+    rows = {side: [] for side in sides}
+    responses = {side: [] for side in sides}
+    for pair in pairs:
+        prompt_places = np.arange(length, length + len(pair.prompt))
+        line.append(pair.prompt)
+        positions.append(np.arange(len(pair.prompt)))
+        length += len(pair.prompt)
+        for side in sides:
+            response = getattr(pair, side)
+            read = response[:-1]   # the last token is predicted, but never read
+            places = np.arange(length, length + len(read))
+            line.append(read)
+            positions.append(len(pair.prompt) + np.arange(len(read)))
+            length += len(read)
+            rows[side].append(np.concatenate([prompt_places, places]))
+            responses[side].append(response)
+
+    # Chosen first, from here on.
+    all_rows = list(itertools.chain.from_iterable(rows.values()))
+    all_responses = list(itertools.chain.from_iterable(responses.values()))
+    predicts = []
+    owner = []
+    for number, (row, response) in enumerate(zip(all_rows, all_responses, strict=True)):
+        predicts.append(row[-len(response):])      # the prompt's last token, then the response's
+        owner.append(np.full(len(response), number))
+
+    if reference is None:
+        of_reference = torch.full((len(all_rows),), math.nan)
+    else:
+        of_reference = reference[:, torch.as_tensor(numbers)].flatten()
+    grid_tensors, cells = make_grids(all_rows, length, grids)
+    return Batch(
+        tokens=int64(line),
+        positions=int64(positions),
+        grids=grid_tensors,
+        cells=cells,
+        predicts=int64(predicts),
+        targets=int64(all_responses),
+        owner=int64(owner),
+        response_tokens=torch.tensor([len(response) for response in all_responses]),
+        pairs=torch.as_tensor(numbers, dtype=torch.int64),
+        reference=of_reference,
+    )
+
+
+def make_grids(rows: list[np.ndarray], length: int,
+               count: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Rows in up to `count` grids of rows of like length, and for each token one of its cells.
+
+    A row is an array of places in the line, which has `length` tokens. Padding is place 0: the
+    model computes something there, and nothing reads it.
+    """
     by_length = np.argsort([len(row) for row in rows], kind="stable")
-    for group in np.array_split(by_length, max(1, min(groups, len(rows)))):
-        width = max((len(rows[r]) for r in group), default=0)
-        padded = np.zeros((len(group), width), np.int64)  # a pad may name any token: no one sees it
-        for i, r in enumerate(group):
-            row, steps = rows[r], np.arange(len(rows[r]))
-            padded[i, :len(row)], positions[row], back[row] = row, steps, base + i * width + steps
-        index.append(torch.from_numpy(padded))
-        base += padded.size
-    predicts = [row[-n:] for row, n in zip(rows, lengths, strict=True)]
-    whose = np.repeat(np.arange(len(rows)), lengths)
-    def _flat(*arrays: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays], dtype=np.int64))
-    return Batch(_flat(*parts), _flat(positions), tuple(index), _flat(back), _flat(*predicts),
-                 _flat(*responses), _flat(whose), _flat(lengths), _flat(np.asarray(numbers, int)))
+    grids = []
+    cells = np.zeros(length, np.int64)
+    first_cell = 0                 # of the grid, counted through all grids
+    for group in np.array_split(by_length, min(count, len(rows))):
+        width = len(rows[group[-1]])
+        grid = np.zeros((len(group), width), np.int64)
+        for i, number in enumerate(group):
+            row = rows[number]
+            grid[i, :len(row)] = row
+            cells[row] = first_cell + i * width + np.arange(len(row))
+        grids.append(torch.from_numpy(grid))
+        first_cell += grid.size
+    return tuple(grids), torch.from_numpy(cells)
 
-def batches(pairs: list[TokenPair], batch_pairs: int, seed: int | None, epoch: int = 0,
-            start: int = 0, rank: int = 0, world: int = 1, micro_pairs: int = 0,
-            sides: tuple[str, ...] = SIDES) -> Iterator[list[Batch]]:
-    """The epoch's batches from number `start` on, each a list of micro-batches of this process.
 
-    Shuffled by (seed, epoch); by length where seed is None. Each pair comes once, the last batch
-    may be short. Process `rank` of `world` gets its share of each batch, in parts of up to
-    micro_pairs (0: in one); where a batch has fewer pairs than there are processes, an empty part.
+def int64(arrays: list) -> Tensor:
+    """One tensor of all these arrays, one after the other."""
+    return torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe"))
+
+
+def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: int, start: int = 0,
+            reference: Tensor | None = None, sides: tuple[str, ...] = SIDES,
+            grids: int = 1) -> Iterator[list[Batch]]:
+    """For each update, from number `start` on and without end, the micro-batches of its pairs.
+
+    An epoch holds each pair once; its last update may have fewer pairs. The order is shuffled anew
+    for each epoch, and follows from (seed, epoch) alone: so a resumed run sees the same batches.
+    An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs.
+    reference, sides, grids: see pack.
     """
-    if seed is None:
-        order = np.argsort([sum(map(len, pair)) for pair in pairs], kind="stable")
-    else:  # numpy promises PCG64's integers for good, those of its shuffles only for a version
-        order = np.random.PCG64([seed, epoch]).random_raw(len(pairs)).argsort(kind="stable")
-    for first in range(start * batch_pairs, len(pairs), batch_pairs):
-        mine = order[first:first + batch_pairs][rank::world]
-        parts = np.split(mine, range(micro_pairs, len(mine), micro_pairs) if micro_pairs else [])
-        yield [flatten([pairs[i] for i in part], part, sides) for part in parts]
+    updates_per_epoch = math.ceil(len(pairs) / batch_pairs)
+    for update in itertools.count(start):
+        epoch, number = divmod(update, updates_per_epoch)
+        order = shuffled(len(pairs), seed, epoch)
+        numbers = order[number * batch_pairs:(number + 1) * batch_pairs]
+        micro_batches = by_length([pairs[i] for i in numbers], micro_pairs, reference, sides, grids,
+                                  numbers=numbers)
+        yield list(micro_batches)
+
+
+def by_length(pairs: list[TokenPair], micro_pairs: int, reference: Tensor | None = None,
+              sides: tuple[str, ...] = SIDES, grids: int = 1,
+              numbers: np.ndarray | None = None) -> Iterator[Batch]:
+    """All pairs, sorted by length, in batches of up to micro_pairs: for passes without updates.
+
+    numbers: the pairs' numbers in the data set; if left out, the pairs are the whole data set.
+    """
+    if numbers is None:
+        numbers = np.arange(len(pairs))
+    lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
+    order = np.argsort(lengths, kind="stable")
+    for first in range(0, len(pairs), micro_pairs):
+        some = order[first:first + micro_pairs]
+        yield pack([pairs[i] for i in some], numbers[some], reference, sides, grids)
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The numbers from 0 to count - 1 in an order that follows from (seed, epoch) alone.
+
+    numpy promises that the bits of PCG64 stay the same for ever. It promises no such thing for
+    the shuffles that it makes of them, so the bits are sorted here.
+    """
+    bits = np.random.PCG64([seed, epoch]).random_raw(count)
+    return bits.argsort(kind="stable")
+
+
+# 4. The demo ------------------------------------------------------------------------------------
+
+DEMO_REWARD = 4.0                  # the true reward of an answer with "!"; one with "." has 0
+
 
 def demo_pairs(count: int, seed: int) -> list[Pair]:
-    """The demo's world: prompts ask for a digit, and people like cheerful answers, " 7!", not " 7."
+    """Pairs of a world whose truth is known: people ask for a digit, and like cheerful answers.
 
-    Labels are drawn by Bradley-Terry from the true rewards, 4 and 0: 1 in 56 is wrong.
+    " 7!" is cheerful, " 7." is flat. Who is chosen is drawn as Bradley and Terry say, with the
+    probability sigmoid(difference of the true rewards), so 1 label in 56 is wrong.
     """
-    rng, pairs = random.Random(seed), []
+    rng = random.Random(seed)
     verbs = "Name List Give Tell Find Pick Show Send Type Read".split()
-    kinds = "lucky short plain quiet small round happy pretty clever simple".split()
+    adjectives = "lucky short plain quiet small round happy pretty clever simple".split()
+    cheerful_wins = 1 / (1 + math.exp(-DEMO_REWARD))
+    pairs = []
     for _ in range(count):
-        prompt = f"{HUMAN} {rng.choice(verbs)} a {rng.choice(kinds)} digit.{ASSISTANT}"
-        good, bad = (f" {digit}{mark}" for digit in [rng.randint(0, 9)] for mark in "!.")
-        pair = (good, bad) if rng.random() < 1 / (1 + math.exp(-4)) else (bad, good)
-        pairs.append(Pair(prompt, *pair))
+        prompt = f"{HUMAN} {rng.choice(verbs)} a {rng.choice(adjectives)} digit.{ASSISTANT}"
+        digit = rng.randint(0, 9)
+        cheerful = f" {digit}!"
+        flat = f" {digit}."
+        if rng.random() < cheerful_wins:
+            pairs.append(Pair(prompt, chosen=cheerful, rejected=flat))
+        else:
+            pairs.append(Pair(prompt, chosen=flat, rejected=cheerful))
     return pairs
+
+
+def encoding_of(demo: bool) -> tiktoken.Encoding:
+    """GPT-2's encoding; for the demo, which downloads nothing, bytes: ids 0 to 255, and 256."""
+    if not demo:
+        return tiktoken.get_encoding("gpt2")
+    return tiktoken.Encoding(
+        "bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 256})
+
+
+# 5. Helpers -------------------------------------------------------------------------------------
+
+
+def track(items: Iterable, label: str, total: int, unit: str) -> Iterator:
+    """Yield the items, and print a line every five seconds and at the end, on screen or in a log."""
+    start = time.perf_counter()
+    printed = start
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if now - printed >= 5 or done == total:
+            print_progress(label, done, total, unit, done / max(now - start, 1e-9))
+            printed = now
+
+
+def print_progress(label: str, done: int, total: int, unit: str, per_second: float) -> None:
+    """The share that is done, how fast it goes, and the time that is left."""
+    seconds_left = (total - done) / max(per_second, 1e-9)
+    print(f"{label} {done / total:4.0%} | {done:,}/{total:,} {unit} | {per_second:,.0f} {unit}/s | "
+          f"{seconds_left:.0f} s left", flush=True)
+
+
+RUN_FORMAT = 2                     # of a run's folder; the first edition's had no such number
+
+
+def read_run(folder: str | Path) -> dict:
+    """What config.json of a run's folder holds: "options", "audit", "versions".
+
+    Raises FileNotFoundError where there is no such file, ValueError where it is of no run.
+    """
+    path = Path(folder, "config.json")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found, expected the folder of a run of train.py")
+    run = json.loads(path.read_bytes())
+    if not isinstance(run, dict) or "options" not in run:
+        raise ValueError(f"{path}: not of a run of train.py: expected a run's folder")
+    if run.get("format") != RUN_FORMAT:
+        raise ValueError(f"{path}: the run was made by another edition of this code (format "
+                         f"{run.get('format', 1)}), expected {RUN_FORMAT}: train again in another "
+                         f"folder, or use that edition")
+    return run
+
+
+# 6. Downloads -----------------------------------------------------------------------------------
+#
+# Revisions are pinned, so that results do not change under a reader. The hashes were looked up.
+
+MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M, 1.6B parameters
+MODEL_REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}  # others: main
+HH_REVISION = "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
+SHA256 = {
+    "gpt2/model.safetensors":
+        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    "helpful-base/train.jsonl.gz":
+        "518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4",
+    "helpful-base/test.jsonl.gz":
+        "8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b",
+    "helpful-online/train.jsonl.gz":
+        "0994d18b82083f5c084ce04071b683958a724df8c7215ab1d851986642d36a2a",
+    "helpful-rejection-sampled/train.jsonl.gz":
+        "0cea2d2ab2187624ec1314e8cc6fb579f0fa987b3a33e8102b7556ed4d255f64",
+}
+
+
+def fetch_model(name_or_path: str | Path) -> Path:
+    """The folder of a model: models/<name> for one of MODELS, downloaded where it is missing.
+
+    Any other path, and one that exists, is returned as it is.
+    """
+    name = str(name_or_path)
+    if Path(name).exists() or name not in MODELS:
+        return Path(name)
+    folder = Path("models", name)
+    revision = MODEL_REVISIONS.get(name, "main")
+    for file in ("config.json", "model.safetensors"):
+        url = f"{hub()}/openai-community/{name}/resolve/{revision}/{file}"
+        download(url, folder / file, SHA256.get(f"{name}/{file}", ""))
+    return folder
+
+
+def fetch_hh(folder: str | Path, subsets: Iterable[str], split_name: str) -> list[Path]:
+    """hh-rlhf's files <folder>/<subset>/<split_name>.jsonl.gz, downloaded where they are missing.
+
+    split_name: "train" or "test".
+    """
+    paths = []
+    for subset in subsets:
+        file = f"{subset}/{split_name}.jsonl.gz"
+        url = f"{hub()}/datasets/Anthropic/hh-rlhf/resolve/{HH_REVISION}/{file}"
+        paths.append(download(url, Path(folder, file), SHA256.get(file, "")))
+    return paths
+
 
 def hub() -> str:
     """The address of the Hugging Face hub, or of the mirror that HF_ENDPOINT names."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    return endpoint.rstrip("/")
 
-def _receive(url: str, file: BinaryIO, label: str) -> None:
-    """One try: append to file what it lacks, and check the whole. ConnectionErrors may pass."""
-    done = file.seek(0, os.SEEK_END)
-    token = url.startswith(f"{hub()}/") and os.environ.get("HF_TOKEN", "").strip()
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-" if done else None,
-               "Authorization": f"Bearer {token}" if token else None}  # dropped on leaving the hub
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
-        code, encoding = answer.status_code, answer.headers.get("Content-Encoding", "identity")
-        if code in (408, 429) or code >= 500 or (code == 403 and answer.history):  # it expired
-            raise requests.HTTPError(f"the answer was {code} {answer.reason}", response=answer)
-        if code not in (200, 206, 416) or encoding != "identity":
-            raise OSError(f"{url}: the answer was {code} {answer.reason}, encoding {encoding}; "
-                          f"expected the file: see whether the name is right, or set HF_TOKEN")
-        told = {k.lower(): v for a in (answer, *answer.history) for k, v in a.headers.items()}
-        span = re.match(r"bytes (\d+|\*)\S*/(\d+)", answer.headers.get("Content-Range", ""))
-        size = int(told.get("x-linked-size", span[2] if span else 0))
-        sha256 = told.get("x-linked-etag", "").strip('W/"')
-        if (code == 206 and (not span or span[1] != str(done))) or (code == 416 and size != done):
-            file.truncate(0)
-            raise requests.ConnectionError(f"the server can't go on after {done:,} bytes")
-        if code == 200:  # the whole file, whatever was asked for
-            file.truncate(0)
-            done, size = 0, size or int(answer.headers.get("Content-Length", 0))
-        chunks = answer.iter_content(2**14) if code != 416 else []  # nothing is missing
-        for chunk in track(chunks, label, size, "bytes", len, done) if size else chunks:
-            file.write(chunk)
-    if (got := file.seek(0, os.SEEK_END)) < size:
-        raise requests.ConnectionError(f"got {got:,} of {size:,} bytes")
-    with open(file.name, "rb") as whole:
-        digest = hashlib.file_digest(whole, "sha256").hexdigest()
-    if (size and got != size) or (len(sha256) == 64 and digest != sha256):
-        file.truncate(0)  # what an earlier try left may be of another version: then once more
-        raise (requests.ConnectionError if done else OSError)(
-            f"{url}: got {got:,} bytes with sha256 {digest}, expected {size:,} with "
-            f"{sha256 or 'any'}; run again, or see whether the file has changed")
 
-def _persist(url: str, file: BinaryIO, label: str, tries: int) -> None:
-    """_receive, again after a fault that may pass, until `tries` in a row have brought nothing."""
-    failures, most = 0, file.seek(0, os.SEEK_END)
-    while True:
-        try:
-            return _receive(url, file, label)
-        except (requests.ConnectionError, requests.Timeout, requests.HTTPError,
-                requests.exceptions.ChunkedEncodingError) as error:
-            got = file.seek(0, os.SEEK_END)
-            failures, most = (1, got) if got > most else (failures + 1, most)
-            if failures == tries:
-                raise OSError(f"{url}: {error}, {tries} times in a row; see whether the network is "
-                              f"there and run again: {file.name} is kept") from None
-            after = "" if error.response is None else error.response.headers.get("Retry-After", "")
-            wait = int(after) if after.isdecimal() else 2**failures
-            with suppress(ValueError, TypeError):  # it may be a date
-                wait = max(0, parsedate_to_datetime(after).timestamp() - time.time())
-            print(f"{url}: {error}; again in {wait:.0f} s", flush=True)
-            time.sleep(wait)
+def download(url: str, path: str | Path, sha256: str = "", tries: int = 5) -> Path:
+    """Fetch url to path, unless it is there.
 
-def download(url: str, path: str | Path, tries: int = 5) -> Path:
-    """Fetch url to path, unless it is there; goes on with what an earlier try left in path.part.
-
-    Size and sha256 are those that the Hugging Face hub tells of large files in its first answer,
-    the redirect (X-Linked-Size, X-Linked-Etag); of others the size alone. HF_TOKEN goes to the hub
-    alone. OSError for wrong content, lasting faults, and `tries` in a row that brought nothing.
+    A try that breaks off is made again, from the byte where it broke, until `tries` in a row have
+    brought nothing new. Then OSError is raised; <path>.part stays, and the next call goes on from
+    it. Also for what can't pass: a wrong address, or content of a wrong size or hash. sha256: the
+    hash that the file must have, in hexadecimal digits; if left out, the one that the hub tells.
     """
     path = Path(path)
     if path.exists():
@@ -321,29 +532,167 @@ def download(url: str, path: str | Path, tries: int = 5) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with open(part, "ab") as file:
-        with suppress(OSError, AttributeError):  # a file system or a Windows without locks
-            fcntl.flock(file, fcntl.LOCK_EX)  # another process may be at it: wait
-        if path.exists():  # it was, and is done
+        lock(file)                                 # another process may be at it: wait
+        if path.exists():                          # it was, and is done
             part.unlink(missing_ok=True)
             return path
-        _persist(url, file, path.name, tries)
+        try_until_whole(url, file, path.name, sha256, tries)
         os.fsync(file.fileno())
-        if fcntl:
-            part.replace(path)  # only a whole file ever has the final name
-    if not fcntl:
-        part.replace(path)  # Windows renames no open file
+        if fcntl is not None:
+            part.replace(path)                     # while the lock is held
+    if fcntl is None:
+        part.replace(path)                         # Windows renames no open file
     return path
 
-def fetch_model(name_or_path: str | Path) -> Path:
-    """models/<name> for one of NAMES, downloaded if missing; any other path, or one that exists."""
-    name, path = str(name_or_path), Path(name_or_path)
-    if path.exists() or name not in NAMES:
-        return path
-    for file in ("config.json", "model.safetensors"):
-        download(f"{hub()}/openai-community/{name}/resolve/main/{file}", Path("models", name, file))
-    return Path("models", name)
 
-def fetch_hh(folder: str | Path, subsets: Iterable[str], part: str) -> list[Path]:
-    """Anthropic/hh-rlhf's files <subset>/<part>.jsonl.gz in `folder`, downloaded if missing."""
-    return [download(f"{hub()}/datasets/Anthropic/hh-rlhf/resolve/main/{name}", Path(folder, name))
-            for name in (f"{subset}/{part}.jsonl.gz" for subset in subsets)]
+def lock(file: BinaryIO, wait: bool = True) -> bool:
+    """Keep other processes from locking this file, until it is closed or this process ends.
+
+    False if wait is False and another process holds the lock. Where the system or the file system
+    has no such locks, nothing is locked, and the answer is True.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+MAY_PASS = (requests.ConnectionError, requests.Timeout, requests.HTTPError,
+            requests.exceptions.ChunkedEncodingError)
+
+
+def try_until_whole(url: str, file: BinaryIO, label: str, sha256: str, tries: int) -> None:
+    """Call `receive` until the file is whole, or `tries` calls in a row have brought nothing."""
+    failures = 0
+    most = file.seek(0, os.SEEK_END)               # the most bytes that have been there
+    while True:
+        try:
+            receive(url, file, label, sha256)
+            return
+        except MAY_PASS as error:
+            size = file.seek(0, os.SEEK_END)
+            failures += 1
+            if size > most:
+                most = size
+                failures = 1
+            if failures == tries:
+                raise OSError(f"{url}: {error}, {tries} times in a row; see whether the network is "
+                              f"there and run again: {file.name} is kept") from None
+            wait = seconds_to_wait(error.response, failures)
+            print(f"{url}: {error}; again in {wait:.0f} s", flush=True)
+            time.sleep(wait)
+
+
+def seconds_to_wait(response: requests.Response | None, failures: int) -> float:
+    """As long as the server says, in Retry-After or, as the hub does, in RateLimit; else 2, 4, ..."""
+    if response is None:
+        return 2**failures
+    retry_after = response.headers.get("Retry-After", "")
+    if retry_after.isdecimal():
+        return int(retry_after)
+    try:                                           # a date is allowed, too
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, TypeError):
+        pass
+    rate_limit = re.search(r";\s*t=(\d+)", response.headers.get("RateLimit", ""))
+    return int(rate_limit[1]) if rate_limit else 2**failures
+
+
+def receive(url: str, file: BinaryIO, label: str, sha256: str) -> None:
+    """One try: append to the file what it lacks, then check the whole.
+
+    Raises one of MAY_PASS where a further try may help, and OSError where it can't.
+    """
+    done = file.seek(0, os.SEEK_END)
+    headers = {"Accept-Encoding": "identity"}      # of compressed content no range can be had
+    if done > 0:
+        headers["Range"] = f"bytes={done}-"
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token and url.startswith(hub() + "/"):
+        headers["Authorization"] = f"Bearer {token}"   # requests drops it where it leaves the hub
+
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
+        check_status(url, answer)
+        size, hub_sha256 = promised(answer)
+        sha256 = sha256 or hub_sha256
+        if answer.status_code == 200:              # the whole file, whatever was asked for
+            file.truncate(0)
+            done = 0
+        elif not goes_on_at(answer, done, size):
+            file.truncate(0)
+            raise requests.ConnectionError(f"the server can't go on after {done:,} bytes")
+        if answer.status_code != 416:              # 416: no byte is missing
+            append(answer, file, label, done, size)
+
+    got = file.seek(0, os.SEEK_END)
+    if got < size:
+        raise requests.ConnectionError(f"got {got:,} of {size:,} bytes")
+    with open(file.name, "rb") as whole:
+        digest = hashlib.file_digest(whole, "sha256").hexdigest()
+    if (size > 0 and got != size) or (sha256 and digest != sha256):
+        file.truncate(0)
+        message = (f"{url}: got {got:,} bytes with sha256 {digest}, expected {size:,} with "
+                   f"{sha256 or 'any'}; run again, or see whether the file has changed")
+        if done > 0:                               # what an earlier try left may be of another file
+            raise requests.ConnectionError(message)
+        raise OSError(message)
+
+
+def check_status(url: str, answer: requests.Response) -> None:
+    """Raises HTTPError for a fault that may pass, OSError for one that doesn't."""
+    code = answer.status_code
+    expired = code == 403 and len(answer.history) > 0  # the signed address that the hub gave out
+    if code in (408, 429) or code >= 500 or expired:
+        raise requests.HTTPError(f"the answer was {code} {answer.reason}", response=answer)
+    encoding = answer.headers.get("Content-Encoding", "identity")
+    if code not in (200, 206, 416) or encoding != "identity":
+        raise OSError(f"{url}: the answer was {code} {answer.reason}, encoding {encoding}; expected "
+                      f"the file: see whether the name is right, or set HF_TOKEN")
+
+
+def promised(answer: requests.Response) -> tuple[int, str]:
+    """Size and sha256 of the whole file, as far as they were told: else 0 and "".
+
+    For large files the hub redirects to another host. It is the redirect that tells both.
+    """
+    size = 0
+    sha256 = ""
+    content_range = re.match(r"bytes \S+/(\d+)", answer.headers.get("Content-Range", ""))
+    if content_range:
+        size = int(content_range[1])
+    elif answer.status_code == 200:
+        size = int(answer.headers.get("Content-Length", 0))
+    for hop in [*answer.history, answer]:
+        size = int(hop.headers.get("X-Linked-Size", size))
+        etag = hop.headers.get("X-Linked-Etag", "").strip('W/"')
+        if len(etag) == 64:                        # small files have a git hash there, of 40 digits
+            sha256 = etag
+    return size, sha256
+
+
+def goes_on_at(answer: requests.Response, done: int, size: int) -> bool:
+    """Does an answer of 206 or 416 fit a file of which `done` bytes are there?"""
+    if answer.status_code == 416:
+        return done == size
+    content_range = answer.headers.get("Content-Range", "")
+    return re.match(rf"bytes {done}-\d+/\d+", content_range) is not None
+
+
+def append(answer: requests.Response, file: BinaryIO, label: str, done: int, size: int) -> None:
+    """Write the answer's body to the file, and print how far it is."""
+    start = time.perf_counter()
+    printed = start
+    received = 0
+    for chunk in answer.iter_content(2**14):
+        file.write(chunk)
+        received += len(chunk)
+        now = time.perf_counter()
+        if size > 0 and (now - printed >= 5 or done + received == size):
+            per_second = received / max(now - start, 1e-9)
+            print_progress(label, done + received, size, "bytes", per_second)
+            printed = now

@@ -1,365 +1,639 @@
 """GPT-2 in one file: the model, generation, adapters, and OpenAI's weights in and out.
 
-Read in this order: causal and in_rows (how tokens see each other); GPT2 and its parts; generate;
-adapters; files. Needs torch and numpy. Letters: B rows of T tokens, or N flat ones, C = n_embd, H
-heads of D = C / H, V vocabulary. No dropout: DPO compares a policy with its reference token by
-token, and one that flips coins differs from it before it has learnt anything.
+Read from top to bottom:
+
+1. the model           GPT2Config, CausalSelfAttention, MLP, Block, GPT2
+2. generation          answers to prompts, with a KV cache
+3. adapters            small MLPs beside GPT-2's own MLPs, or in their place
+4. files               OpenAI's weights, as the Hugging Face hub has them, and back
+
+Needs torch and numpy. The letters in the shapes: B rows, T tokens of a row, N tokens of a packed
+batch, C width (n_embd), H heads, D width of a head (C / H), V words of the vocabulary.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KINDS, INITS = ("parallel", "replace", "none"), ("scratch", "pretrained")  # see add_adapters
+# 1. The model -----------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2, under the names of its config.json; the defaults are the 124M model."""
+    """The shape of a GPT-2, under the names of its config.json. The defaults are the 124M model.
+
+    Raises ValueError for a value of the wrong type, for one that is not above 0, and where n_head
+    does not divide n_embd.
+    """
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_positions: int = 1024  # the context: the longest row, in tokens
+    n_positions: int = 1024        # the context: the longest row, in tokens
     vocab_size: int = 50257
-    n_inner: int = 3072  # neurons of an MLP
+    n_inner: int = 3072            # the neurons of an MLP
     layer_norm_epsilon: float = 1e-5
 
-    def __post_init__(self):
-        for f in fields(self):
-            if type(value := getattr(self, f.name)) is not f.type or not 0 < value < 2**31:
-                raise ValueError(f"{f.name} is {value!r}, expected {f.type.__name__} above 0")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd is {self.n_embd}, no multiple of n_head, {self.n_head}")
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type or not 0 < value < 2**31:
+                raise ValueError(
+                    f"{field.name} is {value!r}, expected {field.type.__name__} above 0")
+        if self.n_embd % self.n_head != 0:
+            raise ValueError(f"n_embd is {self.n_embd}, expected a multiple of n_head, which is "
+                             f"{self.n_head}")
 
-# Only in attention do tokens meet. How they meet is an argument of the model, `attend`: a function
-# of a layer's queries, keys and values (..., 3, H, D) and of its number, giving (..., H, D).
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(D)) v over what mask, (..., T, S) bool, allows: (B, H, T, D).
+class Packing(NamedTuple):
+    """How the N tokens of a packed batch stand in rows; dpo.packed_logps shows an example."""
+    grids: tuple[Tensor, ...]      # (R, T) int64 each: which token stands in this cell
+    cells: Tensor                  # (N,) int64: for each token a cell, counted through all grids
 
-    q is (B, H, T, D), k and v (B, H, S, D). No mask: each token sees itself and what is before it.
+
+class LayerCache(NamedTuple):
+    """What one layer remembers of the tokens that it has read; `generate` uses it."""
+    keys: Tensor                   # (B, H, S, D): S places for the tokens of a row
+    values: Tensor                 # (B, H, S, D)
+    positions: Tensor              # (B, T) int64: where the T tokens of this call stand
+
+
+class CausalSelfAttention(nn.Module):
+    """Each token takes in what it and the tokens before it in its row hold. No dropout.
+
+    This is the only place where tokens meet. Everywhere else each token is computed alone.
     """
-    if q.device.type != "cpu" or q.shape[-2] > 128:  # fused: keeps no (T, S) for the backward
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    if mask is None:  # written out: on a CPU, for rows so short, the fused one takes thrice as long
-        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)).div_(q.shape[-1] ** 0.5)
-    return scores.masked_fill_(~mask, -math.inf).softmax(-1).to(v.dtype) @ v
 
-def causal(qkv: Tensor, layer: int = 0) -> Tensor:
-    """Each token sees itself and what is before it in its row: (B, T, 3, H, D) to (B, T, H, D)."""
-    q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, T, D) each; right pads need no mask
-    return attention(q, k, v).transpose(1, 2)
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-def in_rows(qkv: Tensor, layer: int, rows: tuple[Tensor, ...], back: Tensor) -> Tensor:
-    """Attention of a flat batch: gather padded rows, attend causally in each, take results back.
+    def forward(self, x: Tensor, packing: Packing | None = None,
+                cache: LayerCache | None = None) -> Tensor:
+        """x (B, T, C): rows; or (N, C): a packed batch, with its packing. The same shape returns."""
+        qkv = self.c_attn(x)                           # (..., 3C)
+        if packing is not None:
+            y = self.attend_packed(qkv, packing)
+        elif cache is not None:
+            y = self.attend_cached(qkv, cache)
+        else:
+            y = self.attend(qkv)
+        return self.c_proj(y)
 
-    rows: groups of rows of like length, each (R, T) int64: which of the N tokens stands there; one
-    may stand in several, as a prompt does in those of its responses, and a pad may be any token.
-    back: (N,) int64: for each token one place in the R * T results of all groups, concatenated.
-    """
-    gathered = (qkv.index_select(0, row.flatten()).unflatten(0, row.shape) for row in rows)
-    results = torch.cat([causal(row).flatten(0, 1) for row in gathered])  # (sum of R * T, H, D)
-    return results.index_select(0, back)  # (N, H, D)
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, 3C) -> queries, keys and values of every head, (B, H, T, D) each."""
+        qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Rows: each token sees itself and what stands before it. (B, T, 3C) -> (B, T, C)."""
+        q, k, v = self.heads(qkv)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        return y.transpose(1, 2).flatten(2)
+
+    def attend_packed(self, qkv: Tensor, packing: Packing) -> Tensor:
+        """A packed batch: gather rows, attend in each, take the results back. (N, 3C) -> (N, C).
+
+        A row's padding, on its right, is some token; no real token of the row sees it.
+        """
+        results = []
+        for grid in packing.grids:                     # (R, T)
+            rows = qkv.index_select(0, grid.flatten()).unflatten(0, grid.shape)    # (R, T, 3C)
+            results.append(self.attend(rows).flatten(0, 1))                        # (R * T, C)
+        return torch.cat(results).index_select(0, packing.cells)
+
+    def attend_cached(self, qkv: Tensor, cache: LayerCache) -> Tensor:
+        """Generation: tokens see themselves and what earlier calls left. (B, T, 3C) -> (B, T, C)."""
+        q, k, v = self.heads(qkv)
+        row = torch.arange(len(qkv), device=qkv.device)[:, None]                   # (B, 1)
+        cache.keys[row, :, cache.positions] = k.transpose(1, 2)
+        cache.values[row, :, cache.positions] = v.transpose(1, 2)
+
+        place = torch.arange(cache.keys.shape[2], device=qkv.device)               # (S,)
+        sees = place <= cache.positions[:, None, :, None]                          # (B, 1, T, S)
+        y = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=sees)
+        return y.transpose(1, 2).flatten(2)
+
 
 class MLP(nn.Module):
-    """n_embd -> n_inner -> n_embd with GELU in its tanh form; an adapter is one more beside it."""
+    """Two linear layers with GELU, in its tanh form, between them: C -> n_inner -> C."""
+
     def __init__(self, n_embd: int, n_inner: int):
         super().__init__()
         self.c_fc = nn.Linear(n_embd, n_inner)
         self.c_proj = nn.Linear(n_inner, n_embd)
-        self.adapter = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-        return y if self.adapter is None else y + self.adapter(x)
+        x = self.c_fc(x)
+        x = F.gelu(x, approximate="tanh")
+        return self.c_proj(x)
+
 
 class Block(nn.Module):
+    """One layer: attention, then an MLP, each added to what came in."""
+
     def __init__(self, config: GPT2Config):
         super().__init__()
-        c, self.n_head = config.n_embd, config.n_head
-        self.ln_1, self.ln_2 = (nn.LayerNorm(c, config.layer_norm_epsilon) for _ in range(2))
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(c, 3 * c), "c_proj": nn.Linear(c, c)})
-        self.mlp = MLP(c, config.n_inner)
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config.n_embd, config.n_inner)
 
-    def forward(self, x: Tensor, attend: Callable, layer: int) -> Tensor:
-        qkv = self.attn.c_attn(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1))  # OpenAI's order
-        x = x + self.attn.c_proj(attend(qkv, layer).flatten(-2))
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x: Tensor, packing: Packing | None = None,
+                cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), packing, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
-def initialize(module: nn.Module, n_layer: int) -> None:
-    """GPT-2's random start: N(0, 0.02), c_proj's divided by sqrt(2 n_layer), biases 0."""
-    for name, p in module.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(p)
-        elif "ln_" not in name:
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if "c_proj" in name else 0.02)
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019), named as in OpenAI's files; from_pretrained: load_pretrained."""
+    """GPT-2 (Radford et al. 2019), with OpenAI's names of the weights.
+
+    There is no dropout, although GPT-2 was pretrained with it: DPO's policy must equal its
+    reference exactly before the first update.
+
+    >>> model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=8, n_inner=32))
+    >>> model(torch.tensor([[464, 3290, 318]])).shape
+    torch.Size([1, 3, 50257])
+    """
+
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # the head too: they are tied
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # of words; the head too
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)  # of positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         initialize(self, config.n_layer)
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None,
-               attend: Callable = causal, at: Tensor | None = None) -> Tensor:
-        """What the head reads: (B, T, C), or (M, C) at the M flattened tokens that `at` names.
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V): position t predicts token t + 1.
 
-        All int64: tokens (B, T), or of any shape that `attend` takes, positions of the same, and at
-        (M,). Raises ValueError for rows longer than the context, where positions are not given.
+        Raises ValueError for rows that are longer than the context.
         """
+        return self.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None,
+               packing: Packing | None = None, caches: list[LayerCache] | None = None) -> Tensor:
+        """What the head reads: tokens (B, T) -> (B, T, C), or packed (N,) -> (N, C)."""
         if positions is None:
-            positions = torch.arange(tokens.shape[-1], device=tokens.device)
-            if (length := len(positions)) > (context := self.config.n_positions):
-                raise ValueError(f"rows of {length} tokens, a context of {context}: cut the rows")
+            positions = self.positions_of(tokens)
         x = self.wte(tokens) + self.wpe(positions)
         for layer, block in enumerate(self.h):
-            x = block(x, attend, layer)
-        return self.ln_f(x if at is None else x.flatten(0, -2).index_select(0, at))
+            cache = None if caches is None else caches[layer]
+            x = block(x, packing, cache)
+        return self.ln_f(x)
 
-    def forward(self, tokens: Tensor, *args, **kwargs) -> Tensor:
-        """Logits (B, T, V), or (M, V) where `at` asks for them; the arguments of hidden."""
-        return F.linear(self.hidden(tokens, *args, **kwargs), self.wte.weight)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head is the embedding of the words, used the other way round: (..., C) -> (..., V)."""
+        return F.linear(hidden, self.wte.weight)
 
-def cached(qkv: Tensor, layer: int, kv: Tensor, positions: Tensor) -> Tensor:
-    """Attention over what earlier calls left in kv (n_layer, 2, B, H, places, D): the KV cache.
+    def packed_hidden(self, tokens: Tensor, positions: Tensor, grids: tuple[Tensor, ...],
+                      cells: Tensor) -> Tensor:
+        """What the head reads of a packed batch: tokens and positions (N,) -> (N, C)."""
+        return self.hidden(tokens, positions, Packing(grids, cells))
 
-    The token at position p of a row, as `positions` (B, T) int64 says, is kept at place p and sees
-    places 0 to p. Rows may be of any lengths: a right pad is overwritten before it can be seen.
+    def positions_of(self, tokens: Tensor) -> Tensor:
+        """0, 1, 2, ... for the tokens of a row, (T,)."""
+        length = tokens.shape[-1]
+        context = self.config.n_positions
+        if length > context:
+            raise ValueError(f"rows of {length} tokens, expected at most {context}, the context of "
+                             f"this model: cut the rows")
+        return torch.arange(length, device=tokens.device)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path,
+                        dtype: torch.dtype = torch.float32) -> "GPT2":
+        """Load a GPT-2, on the CPU, from model.safetensors or pytorch_model.bin.
+
+        name_or_path: a folder, or such a file, with config.json beside it; or a name like "gpt2",
+        for the folder models/gpt2, which data.fetch_model fills. No code in a file is run. Raises
+        FileNotFoundError, or ValueError for a damaged file and for a model that is no GPT-2.
+        """
+        file = find_weights(name_or_path)
+        try:
+            config = read_config(file.with_name("config.json"))
+            with torch.device("meta"):                 # the shapes alone: no memory, no numbers
+                model = cls(config)
+            weights = read_weights(file, dtype)
+            model.load_state_dict(weights, assign=True)  # names what is missing or of a wrong shape
+        except Exception as error:  # a damaged file, a pickle above all, raises whatever it likes
+            raise ValueError(f"{file}: damaged (then delete it), or no GPT-2 that this code can "
+                             f"load: {error!s:.600}") from error
+        return model
+
+
+def initialize(module: nn.Module, n_layer: int) -> None:
+    """GPT-2's random start: normal with deviation 0.02, biases 0, LayerNorms as PyTorch makes them.
+
+    c_proj writes into the sum that runs through all layers, 2 * n_layer times, so it starts smaller.
     """
-    rows, places = (torch.arange(n, device=qkv.device) for n in (len(qkv), kv.shape[4]))
-    kv[layer].transpose(2, 3)[:, rows[:, None], positions] = qkv[:, :, 1:].movedim(2, 0).to(kv)
-    mask = places <= positions[:, None, :, None]  # (B, 1, T, places)
-    return attention(qkv[:, :, 0].transpose(1, 2), *kv[layer], mask).transpose(1, 2)
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif name.endswith("c_proj.weight"):
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
+        elif "ln_" not in name:
+            nn.init.normal_(parameter, std=0.02)
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
-           generator: torch.Generator) -> Tensor:
-    """One token a row, (B,) int64, from logits (B, V): the likeliest at temperature 0.
 
-    top_k > 0 leaves the k likeliest; top_p < 1, of those, the fewest whose probabilities reach p.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = (logits.float() / temperature).softmax(-1)
-    if top_k or top_p < 1:
-        ordered, order = p.sort(descending=True)
-        ordered[:, top_k or p.shape[-1]:] = 0.0
-        before = ordered.cumsum(-1) - ordered  # the probability of the likelier ones
-        fewest = before < top_p * ordered.sum(-1, keepdim=True)
-        ordered[:, 1:] *= fewest[:, 1:]  # the likeliest stays
-        p = p.scatter(-1, order, ordered)
-    # By the inverse of the distribution function: torch.multinomial draws a number for each token.
-    cdf = p.cumsum(-1)
-    drawn = 1 - torch.rand(len(p), 1, generator=generator, device=p.device)  # in (0, 1]
-    return torch.searchsorted(cdf, drawn * cdf[:, -1:])[:, 0]
+# 2. Generation ----------------------------------------------------------------------------------
+
 
 @torch.no_grad()
 def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature: float = 1.0,
-             top_k: int = 0, top_p: float = 1.0, end_token: int = 50256,
+             top_p: float = 1.0, end_token: int = 50256,
              stop: Callable[[list[int]], bool] | None = None, seed: int = 0) -> list[list[int]]:
-    """Continue prompts of any lengths, in one batch, by up to max_tokens ids; returns the new ids.
+    """Answers to prompts of any lengths, all at once: up to max_tokens new ids for each.
 
-    An answer ends with end_token, which it then holds, where stop(its ids so far) is true, or at
-    max_tokens. No global generator is read or set. Raises ValueError for an empty prompt, and if
-    the longest prompt and max_tokens exceed the context.
+    An answer ends with end_token, which it then holds, or where stop(ids of the answer) is true, or
+    at max_tokens. temperature 0 takes the likeliest token, 1 samples from the model as it is.
+    top_p: see sample. The same seed gives the same answers; torch's own generator is left alone.
+    Raises ValueError for an empty prompt, and if a prompt with its answer exceeds the context.
     """
-    c, weight = model.config, model.wte.weight
-    short, long = min(map(len, prompts)), max(map(len, prompts))
-    if short < 1 or max_tokens < 1 or (places := long + max_tokens) > c.n_positions:
-        raise ValueError(f"prompts of {short} to {long} tokens, {max_tokens} to come: expected 1 "
-                         f"or more, {c.n_positions} together; cut prompts from the left")
-    tensor = partial(torch.tensor, device=weight.device)
-    generator = torch.Generator(weight.device).manual_seed(seed)
-    kv = weight.new_zeros(c.n_layer, 2, len(prompts), c.n_head, places, c.n_embd // c.n_head)
-    tokens = tensor([p + [0] * (long - len(p)) for p in prompts])  # (B, T)
-    positions, lengths = tensor([range(long)] * len(prompts)), tensor([len(p) for p in prompts])
-    last = tensor([row * long + len(p) - 1 for row, p in enumerate(prompts)])
-    going = answers = [[] for _ in prompts]  # going: those that still grow, one a row of the batch
-    for end in range(long, places):
-        attend = partial(cached, kv=kv[..., :end, :], positions=positions)
-        new = sample(model(tokens, positions, attend, last), temperature, top_k, top_p, generator)
-        for answer, token in zip(going, new.tolist(), strict=True):
-            answer.append(token)
-        kept = [row for row, answer in enumerate(going)
-                if answer[-1] != end_token and not (stop and stop(answer))]
-        if not kept:
+    config = model.config
+    device = model.wte.weight.device
+    longest = max(len(prompt) for prompt in prompts) if prompts else 0
+    places = longest + max_tokens
+    if min((len(prompt) for prompt in prompts), default=0) < 1:
+        raise ValueError("there is no prompt, or an empty one: expected at least one token in each")
+    if max_tokens < 1 or places > config.n_positions:
+        raise ValueError(f"prompts of up to {longest} tokens and answers of {max_tokens}: expected "
+                         f"at least 1 for an answer, and {config.n_positions} together at most; cut "
+                         f"the prompts from the left")
+
+    # The KV cache: keys and values of what was read, so that no token is read twice.
+    shape = (config.n_layer, len(prompts), config.n_head, places, config.n_embd // config.n_head)
+    keys = torch.zeros(shape, dtype=model.wte.weight.dtype, device=device)
+    values = torch.zeros_like(keys)
+
+    # The first call reads the prompts, padded on the right. A row's padding is overwritten by its
+    # answer before any of the answer's tokens can see it.
+    padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+    tokens = torch.tensor(padded, device=device)                            # (B, T)
+    positions = torch.arange(longest, device=device).expand(len(prompts), -1)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    row = torch.arange(len(prompts), device=device)
+    last = lengths - 1                                 # where the next token is predicted, (B,)
+
+    generator = torch.Generator(device).manual_seed(seed)
+    answers = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    for _ in range(max_tokens):
+        caches = [LayerCache(keys[i], values[i], positions) for i in range(config.n_layer)]
+        hidden = model.hidden(tokens, positions, caches=caches)             # (B, T, C)
+        logits = model.logits(hidden[row, last])                            # (B, V)
+        new = sample(logits, temperature, top_p, generator)                 # (B,)
+
+        for i, token in enumerate(new.tolist()):
+            if not ended[i]:
+                answers[i].append(token)
+                ended[i] = token == end_token or (stop is not None and stop(answers[i]))
+        if all(ended):
             break
-        if len(kept) < len(going):
-            going, rows = [going[row] for row in kept], tensor(kept)
-            kv, new, lengths = kv[:, :, rows], new[rows], lengths[rows]
-        tokens, positions, lengths = new[:, None], lengths[:, None], lengths + 1
-        last = torch.arange(len(going), device=weight.device)
+
+        tokens = new[:, None]                          # from now on a call reads one token of a row
+        positions = lengths[:, None]
+        lengths = lengths + 1
+        last = torch.zeros_like(last)
     return answers
 
-@torch.no_grad()
-def strongest(model: GPT2, mlp: MLP, text: Tensor, width: int) -> MLP:
-    """A new MLP of the `width` neurons of `mlp` that write most on text (B, T), to stand for all.
 
-    A neuron writes its value times its column of c_proj: the largest in root mean square stay, in
-    their order; what the others write on average goes into the bias. Of full width: as `mlp`.
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token of each row: logits (B, V) -> (B,) int64. At temperature 0 the likeliest.
+
+    top_p (Holtzman et al. 2020, arXiv:1904.09751): only the likeliest tokens may be drawn, the
+    fewest whose probabilities add up to top_p.
     """
-    seen: list[Tensor] = []
-    with mlp.c_proj.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs)):
-        model.hidden(text)
-    values, columns = seen[0].flatten(0, 1), mlp.c_proj.weight  # (B * T, n), (C, n)
-    order = (values.square().mean(0).sqrt() * columns.norm(dim=0)).argsort(descending=True)
-    kept, others = order[:width].sort().values, order[width:]
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered          # the probability of all likelier tokens
+        ordered[:, 1:] = ordered[:, 1:].masked_fill(before[:, 1:] >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+# 3. Adapters ------------------------------------------------------------------------------------
+#
+# An adapter is an MLP as GPT-2 has it, only narrower. Houlsby et al. 2019 (arXiv:1902.00751) put
+# adapters behind each MLP; here they stand beside it (He et al. 2022, arXiv:2110.04366), so that
+# MLP and adapter can be merged into one MLP after training.
+
+ADAPTERS = ("parallel", "replace", "none")
+ADAPTER_INITS = ("scratch", "pretrained")
+
+
+class MLPWithAdapter(nn.Module):
+    """What takes an MLP's place: the MLP, and beside it an adapter whose output is added."""
+
+    def __init__(self, mlp: MLP, adapter: MLP):
+        super().__init__()
+        self.mlp = mlp
+        self.adapter = adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x) + self.adapter(x)
+
+
+def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
+                 init: str = "scratch") -> GPT2:
+    """Give every block an adapter of `width` neurons. Changes the model, and returns it.
+
+    "parallel": an adapter beside each MLP. Its last layer is 0 at first, so that the model computes
+    exactly what it did. The adapters alone train.
+    "replace": an adapter in the place of each MLP, either random (init "scratch") or made of the
+    MLP's own strongest neurons (init "pretrained"). All weights train.
+    "none": no adapter. All weights train.
+
+    Random weights are drawn from torch's global generator. Raises ValueError for anything else.
+    """
+    config = model.config
+    if kind not in ADAPTERS or init not in ADAPTER_INITS:
+        raise ValueError(f"an adapter of kind {kind!r} with init {init!r}: expected a kind of "
+                         f"{ADAPTERS} and an init of {ADAPTER_INITS}")
+    if not 1 <= width <= config.n_inner:
+        raise ValueError(f"an adapter of {width} neurons: expected 1 to {config.n_inner}")
+
+    model.requires_grad_(kind != "parallel")           # frozen, or not; new adapters always train
+    if kind == "parallel":
+        for block in model.h:
+            adapter = new_adapter(model, width)
+            nn.init.zeros_(adapter.c_proj.weight)
+            block.mlp = MLPWithAdapter(block.mlp, adapter)
+    elif kind == "replace" and init == "scratch":
+        for block in model.h:
+            block.mlp = new_adapter(model, width)
+    elif kind == "replace":
+        replace_by_strongest(model, width)
+    return model
+
+
+def new_adapter(model: GPT2, width: int) -> MLP:
+    """A random MLP of `width` neurons, on the model's device and in its dtype."""
+    adapter = MLP(model.config.n_embd, width)
+    initialize(adapter, model.config.n_layer)
+    return adapter.to(model.wte.weight)
+
+
+@torch.no_grad()
+def replace_by_strongest(model: GPT2, width: int) -> None:
+    """Replace each MLP by its `width` strongest neurons, on text that the model itself writes."""
+    config = model.config
+    length = min(128, config.n_positions)
+    start = [[config.vocab_size - 1]] * 64             # 64 times the end-of-text token alone
+    text = generate(model, start, length - 1, end_token=-1)
+    tokens = torch.tensor(text, device=model.wte.weight.device)             # (64, length - 1)
+
+    # Go through the model layer by layer, to see what each MLP reads.
+    x = model.wte(tokens) + model.wpe(model.positions_of(tokens))
+    for block in model.h:
+        x = x + block.attn(block.ln_1(x))
+        inputs = block.ln_2(x)
+        x = x + block.mlp(inputs)
+        block.mlp = strongest_neurons(block.mlp, inputs, width)
+
+
+@torch.no_grad()
+def strongest_neurons(mlp: MLP, inputs: Tensor, width: int) -> MLP:
+    """A new MLP of the `width` neurons of `mlp` that write most, given its inputs (..., C).
+
+    A neuron writes its value times its column of c_proj.weight. Its strength is the root mean
+    square of that. What the other neurons write on average goes into the bias. With all neurons
+    the new MLP computes what `mlp` does.
+    """
+    values = F.gelu(mlp.c_fc(inputs), approximate="tanh").flatten(0, -2)    # (inputs, n_inner)
+    columns = mlp.c_proj.weight                                             # (C, n_inner)
+    strength = values.square().mean(0).sqrt() * columns.norm(dim=0)         # (n_inner,)
+    order = strength.argsort(descending=True)
+    kept = order[:width].sort().values
+    others = order[width:]
+
     small = MLP(len(columns), width).to(columns)
-    small.load_state_dict({
-        "c_fc.weight": mlp.c_fc.weight[kept], "c_fc.bias": mlp.c_fc.bias[kept],
-        "c_proj.weight": columns[:, kept],
-        "c_proj.bias": mlp.c_proj.bias + columns[:, others] @ values[:, others].mean(0)})
+    small.c_fc.weight.copy_(mlp.c_fc.weight[kept])
+    small.c_fc.bias.copy_(mlp.c_fc.bias[kept])
+    small.c_proj.weight.copy_(columns[:, kept])
+    small.c_proj.bias.copy_(mlp.c_proj.bias + columns[:, others] @ values[:, others].mean(0))
     return small
 
-def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64, init: str = "scratch",
-                 layers: int = 0) -> GPT2:
-    """Give the upper `layers` blocks (0: all) adapters of `width` neurons; returns the same model.
-
-    "parallel": a small MLP beside the old one (He et al. 2022, arXiv:2110.04366); its last layer is
-    0 at first, so that the model computes what it did; it alone trains. "replace": a small MLP for
-    the old one, random (init "scratch") or of its strongest neurons on text that the model writes
-    ("pretrained"); all weights train, as they do with "none". Random weights are drawn from torch's
-    global generator. Raises ValueError for anything else.
-    """
-    c, sizes = model.config, 1 <= width <= model.config.n_inner and 0 <= layers <= len(model.h)
-    if kind not in KINDS or init not in INITS or not sizes:
-        raise ValueError(f"adapters {kind}, {init}, width {width}, {layers} layers: expected "
-                         f"{KINDS}, {INITS}, 1 to {c.n_inner}, 0 to {c.n_layer}")
-    if pretrained := (kind, init) == ("replace", "pretrained"):
-        ids = generate(model, [[c.vocab_size - 1]] * 64, min(128, c.n_positions) - 1, end_token=-1)
-        text = torch.tensor(ids, device=model.wte.weight.device)
-    model.requires_grad_(kind != "parallel")
-    for block in model.h[-layers:] if kind != "none" else ():
-        adapter = MLP(c.n_embd, width).to(model.wte.weight)
-        initialize(adapter, c.n_layer)
-        if kind == "parallel":
-            nn.init.zeros_(adapter.c_proj.weight)
-            block.mlp.adapter = adapter
-        else:
-            block.mlp = strongest(model, block.mlp, text, width) if pretrained else adapter
-    return model
 
 @torch.no_grad()
 def merge_adapters(model: GPT2) -> GPT2:
-    """A new, plain GPT-2 that computes what `model` does; it shares the weights outside the MLPs.
+    """A new, plain GPT-2 that computes what `model` does. It shares the weights outside the MLPs.
 
-    The neurons of an adapter join those of its MLP; blocks with fewer than the widest get zeros.
+    An MLP adds up what its neurons write. So an MLP with an adapter beside it is one MLP, with the
+    neurons of both.
     """
-    mlps = [[mlp for mlp in (block.mlp, block.mlp.adapter) if mlp] for block in model.h]
-    widest = max(sum(mlp.c_fc.out_features for mlp in side) for side in mlps)
-    state = {name: p for name, p in model.state_dict().items() if ".mlp." not in name}
-    for layer, side in enumerate(mlps):
-        for name, dim in (("c_fc.weight", 0), ("c_fc.bias", 0), ("c_proj.weight", 1)):
-            p = torch.cat([mlp.get_parameter(name) for mlp in side], dim).movedim(dim, -1)
-            state[f"h.{layer}.mlp.{name}"] = F.pad(p, (0, widest - p.shape[-1])).movedim(-1, dim)
-        state[f"h.{layer}.mlp.c_proj.bias"] = sum(mlp.c_proj.bias for mlp in side)
-    with torch.device("meta"):
-        merged = GPT2(replace(model.config, n_inner=widest))
+    state = {}
+    for name, weight in model.state_dict().items():
+        if ".mlp." not in name:
+            state[name] = weight
+    for layer, block in enumerate(model.h):
+        mlp = block.mlp
+        if isinstance(mlp, MLPWithAdapter):
+            mlp = merged_mlp(mlp.mlp, mlp.adapter)
+        for name, weight in mlp.state_dict().items():
+            state[f"h.{layer}.mlp.{name}"] = weight
+
+    n_inner = len(state["h.0.mlp.c_fc.bias"])
+    with torch.device("meta"):                         # the shapes alone: the weights come from state
+        merged = GPT2(replace(model.config, n_inner=n_inner))
     merged.load_state_dict(state, assign=True)
     return merged
 
-# Files. OpenAI stores these four kernels as (in, out), nn.Linear as (out, in): they are transposed
-# on the way in and out. The attention's c_proj is square, so no check of shapes would notice.
-KERNELS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+def merged_mlp(mlp: MLP, adapter: MLP) -> MLP:
+    """One MLP with the neurons of both, the MLP's own first."""
+    n_embd = len(mlp.c_proj.bias)
+    n_inner = len(mlp.c_fc.bias) + len(adapter.c_fc.bias)
+    merged = MLP(n_embd, n_inner).to(mlp.c_fc.weight)
+    merged.c_fc.weight.copy_(torch.cat([mlp.c_fc.weight, adapter.c_fc.weight], dim=0))
+    merged.c_fc.bias.copy_(torch.cat([mlp.c_fc.bias, adapter.c_fc.bias], dim=0))
+    merged.c_proj.weight.copy_(torch.cat([mlp.c_proj.weight, adapter.c_proj.weight], dim=1))
+    merged.c_proj.bias.copy_(mlp.c_proj.bias + adapter.c_proj.bias)
+    return merged
+
+
+# 4. Files ---------------------------------------------------------------------------------------
+
+# OpenAI's files hold these four matrices as (in, out), nn.Linear holds them as (out, in). They are
+# transposed on the way in and on the way out. The attention's c_proj is square: if it were
+# forgotten, no check of shapes would notice.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+# The settings that this code knows, each with the values that mean what it computes.
+ASSUMED = {
+    "model_type": ["gpt2"],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "reorder_and_upcast_attn": [False],
+    "add_cross_attention": [False],
+    "tie_word_embeddings": [True],
+}
+
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ASSUMED = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-           "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
-           "reorder_and_upcast_attn": [False], "add_cross_attention": [False],
-           "tie_word_embeddings": [True]}  # a config.json that asks for anything else is refused
+
+
+def find_weights(name_or_path: str | Path) -> Path:
+    """The file of weights that a folder, a file or a name of a model means."""
+    path = Path(name_or_path)
+    if not path.exists():
+        path = Path("models", name_or_path)
+    for file in (path, path / "model.safetensors", path / "pytorch_model.bin"):
+        if file.is_file() and file.with_name("config.json").exists():
+            return file
+    raise FileNotFoundError(f"{path}: expected model.safetensors or pytorch_model.bin there, beside "
+                            f"a config.json; data.fetch_model('gpt2') downloads GPT-2's")
+
+
+def read_config(path: Path) -> GPT2Config:
+    """The GPT2Config of a config.json. ValueError for a setting that this code doesn't compute."""
+    settings = json.loads(path.read_bytes())
+    for name, known in ASSUMED.items():
+        value = settings.get(name, known[0])
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}, expected one of {known}")
+
+    shape = {}
+    for field in fields(GPT2Config):
+        shape[field.name] = settings.get(field.name, field.default)
+    if settings.get("n_inner") is None:
+        shape["n_inner"] = 4 * shape["n_embd"]
+    return GPT2Config(**shape)
+
+
+def read_weights(file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in a file, under our names and in the layout of nn.Linear."""
+    if file.suffix == ".safetensors":
+        tensors = read_safetensors(file)
+    else:
+        tensors = torch.load(file, map_location="cpu", weights_only=True).items()
+
+    weights = {}
+    for name, tensor in tensors:
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue                                   # causal masks: OpenAI's files hold them, too
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.T
+        weights[name] = tensor.to(dtype).contiguous()
+
+    head = weights.pop("lm_head.weight", None)         # some files repeat the embedding as a head
+    if head is not None and not torch.equal(head, weights["wte.weight"]):
+        raise ValueError("lm_head.weight differs from wte.weight, expected one matrix for both")
+    return weights
+
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a safetensors file, F32, F16 or BF16; some error where it is not whole.
+    """Names and tensors of a safetensors file. Some error where the file is damaged.
 
-    The format: 8 bytes of length, as many of JSON {name: {dtype, shape, data_offsets}}, the data
-    without holes. Nothing in it is trusted. The data may begin at an odd byte, as GPT-2's does.
+    The format: 8 bytes with the length of the header; the header, which is JSON,
+    {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}; then the data, one tensor
+    after the other without holes. No number in the file is trusted. The data may begin at an odd
+    byte, as it does in GPT-2's file, so tensors are read and not mapped.
     """
+    file_size = path.stat().st_size
     with open(path, "rb") as file:
-        length, end = int.from_bytes(file.read(8), "little"), 0
-        size = path.stat().st_size - 8 - length  # of the data
-        if size < 0:
-            raise ValueError(f"{size + 8 + length:,} bytes, with a header of {length:,}")
-        header = json.loads(text := file.read(length))
+        header_size = int.from_bytes(file.read(8), "little")
+        data_size = file_size - 8 - header_size
+        if data_size < 0:
+            raise ValueError(f"{file_size:,} bytes, expected more: the header alone has "
+                             f"{header_size:,}")
+        text = file.read(header_size)
+        header = json.loads(text)
         header.pop("__metadata__", None)
-        if any(text.count(b'"%s"' % k) != len(header) for k in b"dtype shape data_offsets".split()):
-            raise ValueError("a key stands twice")
-        for name, meta in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (start, stop), shape, dtype = meta["data_offsets"], meta["shape"], DTYPES[meta["dtype"]]
-            sane = len(shape) < 9 and all(  # a product of a million sides would take minutes
-                type(n) is int and 0 <= n <= size for n in (start, stop, *shape))
-            if not sane or start != end or stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name:.99} at {start} to {stop}, after {end} of {size}")
-            tensor, end = torch.empty(shape, dtype=dtype), stop
+        for key in (b'"dtype"', b'"shape"', b'"data_offsets"'):
+            if text.count(key) != len(header):         # json.loads would keep the last of two
+                raise ValueError(f"{len(header)} names, expected each to have one {key.decode()}")
+
+        end = 0
+        for name, entry in sorted(header.items(), key=first_byte):
+            start, stop = entry["data_offsets"]
+            shape = entry["shape"]
+            dtype = DTYPES[entry["dtype"]]
+            check_numbers([start, stop, *shape], data_size)
+            if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name:.99} has the shape {shape} at bytes {start} to {stop}, "
+                                 f"expected it to begin at {end} and to fit")
+            tensor = torch.empty(shape, dtype=dtype)
             file.readinto(tensor.view(-1).view(torch.uint8).numpy())
             yield name, tensor
-    if end != size:
-        raise ValueError(f"{size:,} bytes of data, {end:,} in tensors")
+            end = stop
+    if end != data_size:
+        raise ValueError(f"{data_size:,} bytes of data, expected the {end:,} of the tensors")
 
-def load_pretrained(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> GPT2:
-    """A GPT-2, on the CPU, from model.safetensors or pytorch_model.bin with config.json beside it.
 
-    name_or_path: a folder, such a file, or a name like gpt2: then the folder models/gpt2, which
-    data.fetch_model fills. Raises FileNotFoundError or ValueError. No code in a file is run.
-    """
-    path = Path(name_or_path) if Path(name_or_path).exists() else Path("models", name_or_path)
-    files = [path, path / "model.safetensors", path / "pytorch_model.bin"]
-    file = next((f for f in files if f.is_file() and f.with_name("config.json").exists()), None)
-    if file is None:
-        raise FileNotFoundError(f"{path}: expected model.safetensors or pytorch_model.bin there, "
-                                f"beside a config.json; data.fetch_model downloads gpt2")
-    try:
-        values, weights = json.loads(file.with_name("config.json").read_bytes()), {}
-        for key, ours in ASSUMED.items():
-            if values.get(key, ours[0]) not in ours:
-                raise ValueError(f"{key} is {values[key]!r}, expected one of {ours}")
-        shape = {f.name: values.get(f.name, f.default) for f in fields(GPT2Config)}
-        shape["n_inner"] = values.get("n_inner") or 4 * shape["n_embd"]
-        with torch.device("meta"):  # no memory yet: the weights will be those that are read
-            model = GPT2(GPT2Config(**shape))
-        for name, p in (read_safetensors(file) if file.suffix == ".safetensors" else
-                        torch.load(file, map_location="cpu", weights_only=True).items()):
-            name = name.removeprefix("transformer.")
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, no weights
-                weights[name] = (p.T if name.endswith(KERNELS) else p).to(dtype).contiguous()
-        head = weights.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, weights["wte.weight"]):
-            raise ValueError("lm_head.weight differs from wte.weight, expected one matrix for both")
-        model.load_state_dict(weights, assign=True)  # names what is missing, surplus or misshapen
-    except Exception as error:  # a damaged file, a pickle above all, raises whatever it likes
-        raise ValueError(f"{file}: damaged (then delete it), or no GPT-2 that this code can load: "
-                         f"{error!s:.600}") from error
-    return model
-GPT2.from_pretrained = staticmethod(load_pretrained)
+def first_byte(item: tuple[str, dict]) -> int:
+    """Where the tensor of a header's item begins."""
+    return item[1]["data_offsets"][0]
+
+
+def check_numbers(numbers: list, most: int) -> None:
+    """ValueError unless these are integers from 0 to `most`, and not absurdly many."""
+    if len(numbers) > 10:
+        raise ValueError(f"a shape of {len(numbers) - 2} numbers, expected at most 8")
+    for number in numbers:
+        if type(number) is not int or not 0 <= number <= most:
+            raise ValueError(f"{number!r:.99}, expected an integer from 0 to {most:,}")
+
 
 def save_pretrained(model: GPT2, folder: str | Path) -> None:
-    """Write config.json and model.safetensors, adapters merged in, as `transformers` reads them."""
+    """Write config.json and model.safetensors, with adapters merged in, as `transformers` reads it.
+
+    A file has its name only when it is whole: it is written under another name, then renamed.
+    """
     model = merge_adapters(model)
-    state = {name: (p.T if name.endswith(KERNELS) else p).contiguous().cpu()
-             for name, p in model.state_dict().items()}
-    header, end, codes = {}, 0, {dtype: code for code, dtype in DTYPES.items()}
-    for name, p in state.items():
-        header[name] = {"dtype": codes[p.dtype], "shape": list(p.shape),
-                        "data_offsets": [end, end := end + p.nbytes]}
-    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
-    text += b" " * (-len(text) % 8)  # aligned, for readers that map the file
-    config = {key: ours[0] for key, ours in ASSUMED.items()} | asdict(model.config) | {
-        "architectures": ["GPT2LMHeadModel"], "dtype": str(model.wte.weight.dtype)[6:],
-        "bos_token_id": model.config.vocab_size - 1, "eos_token_id": model.config.vocab_size - 1}
-    tensors = [p.view(-1).view(torch.uint8).numpy() for p in state.values()]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, parts in (("config.json", [json.dumps(config, indent=2).encode()]),
-                        ("model.safetensors", [len(text).to_bytes(8, "little"), text, *tensors])):
-        part = Path(folder, f"{name}.part")  # a file has its name only when it is whole
-        with open(part, "wb") as file:
-            file.writelines(parts)
-        part.replace(Path(folder, name))
+    end_of_text = model.config.vocab_size - 1
+    config = {name: known[0] for name, known in ASSUMED.items()}
+    config |= asdict(model.config)
+    config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end_of_text,
+               "eos_token_id": end_of_text, "dtype": str(model.wte.weight.dtype)[6:]}
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.json", [json.dumps(config, indent=2).encode()])
+    write_whole(folder / "model.safetensors", safetensors_bytes(model))
+
+
+def safetensors_bytes(model: GPT2) -> Iterator:
+    """The parts of the model's safetensors file, in OpenAI's layout: see read_safetensors."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header = {"__metadata__": {"format": "pt"}}
+    tensors = []
+    end = 0
+    for name, tensor in model.state_dict().items():
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.T
+        tensor = tensor.cpu().contiguous()
+        start = end
+        end = start + tensor.nbytes
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}
+        tensors.append(tensor)
+
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                    # aligned, for readers that map the file
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for tensor in tensors:
+        yield tensor.view(-1).view(torch.uint8).numpy()
+
+
+def write_whole(path: Path, parts: Iterator | list) -> None:
+    """Write parts of bytes to a file that gets its name only when all of them are on the disk."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.writelines(parts)
+    part.replace(path)

@@ -1,350 +1,656 @@
 """Fine-tune GPT-2 on hh-rlhf: SFT on the chosen answers, then DPO. `python train.py --help`.
 
-Read in this order: Config (the options), Policy (from a batch to log-probabilities), Run (what a
-run writes and prints), train_stage, show_demo, load, load_parts, job (all of it).
+Read from top to bottom:
+
+1. options           every option of the program, with its default and its help
+2. the recipe        train: load, split, SFT, reference, check, DPO, test
+3. the loop          fit: rate, update, log line, validation, best weights, early stopping, resume
+4. loading           the machine, the model, the pairs
+5. the run's folder  what a run writes, and what --resume needs
+6. the demo          answers before and after DPO
+7. the command line  from words to options, and from errors to one line
 """
 
 import argparse
-import itertools
+import errno
+import io
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import tiktoken
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import data
 import dpo
-from model import GPT2, INITS, KINDS, GPT2Config, add_adapters, generate, in_rows, save_pretrained
+from model import (
+    ADAPTER_INITS,
+    ADAPTERS,
+    GPT2,
+    GPT2Config,
+    add_adapters,
+    generate,
+    save_pretrained,
+    write_whole,
+)
 
-SHOWN = {"loss": ("loss", ".4f"), "rewards/margins": ("margin", "+.3f"), "lr": ("lr", ".1e"),
-         "rewards/accuracies": ("accuracy", ".3f"), "tokens_per_second": ("tok/s", ",.0f"),
-         "best": ("best", ".4f"), "best_step": ("at", ""), "seconds_left": ("seconds left", ".0f")}
-WELL_FORMED = re.compile(r" [0-9][!.]<\|endoftext\|>")  # an answer in the demo's world
+# 1. Options -------------------------------------------------------------------------------------
 
-def option(default, help: str, *choices: str):
-    return field(default=default, metadata={"help": help, "choices": choices or None})
+
+def option(default: object, help: str, choices: tuple[str, ...] | None = None) -> object:
+    """A field of Config: its default, and what --help says about it."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
 
 @dataclass(frozen=True)
 class Config:
-    """Every option: type, default and help, once. Raises ValueError for a number out of range."""
-    model: str = option("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or file")
-    hh_dir: str = option("hh-rlhf", "where SUBSET/SPLIT.jsonl.gz are, or are downloaded to")
-    subsets: str = option(",".join(data.SUBSETS), "which of hh-rlhf, separated by commas")
-    pairs: str = option("", "a JSONL file of your own pairs, to use instead of hh-rlhf")
-    out: str = option("out", "the run's folder")
+    """Every option of train.py. Raises ValueError for a number out of range."""
+    model: str = option("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or a file")
+    hh_dir: str = option("hh-rlhf", "folder of hh-rlhf's files; missing ones are downloaded to it")
+    subsets: str = option(",".join(data.SUBSETS), "the subsets of hh-rlhf, separated by commas")
+    pairs: str = option("", "a JSONL file of your own pairs, to use in place of hh-rlhf")
+    out: str = option("out", "the folder that the run writes")
     resume: bool = option(False, "go on where the run in the folder stopped, if there is one")
-    demo: bool = option(False, "a tiny model on made-up pairs; needs no download")
-    seed: int = option(0, "of the order of the pairs and of new weights")
-    dtype: str = option("auto", "of matrix products", "auto", "float32", "bfloat16", "float16")
-    max_tokens: int = option(512, "of a prompt and one answer; a longer answer is cut")
-    max_prompt_tokens: int = option(256, "of a prompt; a longer one is cut from the left")
-    val_share: float = option(0.05, "of the prompts, for validation; of your own as much for test")
-    adapter: str = option("parallel", "small MLPs beside the old, in their place, or none", *KINDS)
+    demo: bool = option(False, "train a tiny model on made-up pairs; nothing is downloaded")
+    seed: int = option(0, "decides the order of the pairs, and the adapters' random weights")
+    dtype: str = option("auto", "the number format of matrix products; auto: what suits the machine",
+                        ("auto", "float32", "bfloat16", "float16"))
+    max_tokens: int = option(512, "longest prompt with one answer; a longer answer is cut")
+    max_prompt_tokens: int = option(256, "longest prompt; a longer one loses its beginning")
+    val_share: float = option(0.05, "share of the prompts for validation; of your own pairs, as much "
+                                    "again is for the test")
+    adapter: str = option("parallel", "parallel: a small MLP beside each MLP, which alone trains; "
+                                      "replace: one in its place; none: train all weights", ADAPTERS)
     adapter_width: int = option(64, "neurons of an adapter")
-    adapter_init: str = option("scratch", "of replace: random, or the strongest neurons", *INITS)
-    adapter_layers: int = option(0, "how many of the upper layers have adapters; 0: all")
-    beta: float = option(0.1, "pull towards the reference; the paper: 0.1, on TL;DR 0.5")
-    loss: str = option("sigmoid", "the variant of the DPO loss, see dpo.py", *dpo.VARIANTS)
-    label_smoothing: float = option(0.0, "share of labels taken to be wrong (sigmoid, robust)")
-    sft_coef: float = option(0.0, "weight in DPO's loss of the chosen answers' nats a token")
-    sft_epochs: int = option(1, "of SFT; 0: the reference is the model as it comes")
-    sft_lr: float = option(5e-5, "peak learning rate of SFT")
-    epochs: int = option(1, "of DPO, at most")
-    lr: float = option(0.0, "peak learning rate of DPO; 0: 1e-4 for parallel, or the paper's 1e-6")
-    warmup_share: float = option(0.1, "of the updates: the rate grows linearly, then a cosine")
-    batch_pairs: int = option(32, "pairs in an update, all processes together")
-    micro_pairs: int = option(32, "pairs in a pass of one process; fewer need less memory")
-    max_norm: float = option(1.0, "the norm to which a gradient is clipped")
-    vals_per_epoch: int = option(4, "validations in an epoch, at least; one comes before them")
-    patience: int = option(4, "validations in a row without a lower loss that end training")
-    log_every: int = option(10, "updates between two lines")
-    save_every: int = option(100, "updates between two saves; each validation saves too")
+    adapter_init: str = option("scratch", "what a replacing adapter starts from: random weights, or "
+                                          "the old MLP's strongest neurons", ADAPTER_INITS)
+    beta: float = option(0.1, "the price of leaving the reference: larger keeps the model closer to it")
+    loss: str = option("sigmoid", "the loss; sigmoid is the paper's, for the others see dpo.py",
+                       dpo.VARIANTS)
+    label_smoothing: float = option(0.0, "share of labels believed to be wrong (sigmoid, robust)")
+    sft_coef: float = option(0.0, "how much of the SFT loss is added to DPO's, against chosen answers "
+                                  "that lose probability")
+    sft_epochs: int = option(1, "passes over the pairs in SFT; 0: no SFT")
+    sft_lr: float = option(5e-5, "highest learning rate of SFT")
+    epochs: int = option(1, "passes over the pairs in DPO, at most")
+    lr: float | None = option(None, "highest learning rate of DPO; if left out, 1e-4 for parallel "
+                                    "adapters, else 1e-6, which is the paper's")
+    warmup_share: float = option(0.1, "share of the updates in which the rate grows to its highest")
+    batch_pairs: int = option(32, "pairs in an update")
+    micro_pairs: int = option(32, "pairs that go through the model at once; fewer need less memory")
+    max_norm: float = option(1.0, "a longer gradient is shortened to this length")
+    vals_per_epoch: int = option(4, "validations in an epoch; there is one before the first update")
+    patience: int = option(4, "training ends after so many validations in a row without a lower loss")
+    log_every: int = option(10, "updates between two lines of the log")
+    save_every: int = option(100, "updates between two saves; there is one before each validation")
 
-    def __post_init__(self):
-        may_be_0 = "seed sft_epochs lr sft_coef label_smoothing adapter_layers warmup_share".split()
-        for f in fields(self):
-            value, least = getattr(self, f.name), "0 or more" if f.name in may_be_0 else "above 0"
-            most = {"val_share": 0.5, "warmup_share": 1.0, "seed": 2**63}.get(f.name, math.inf)
-            if f.type in (int, float) and not (0 <= value < most and (value or f.name in may_be_0)):
-                raise ValueError(f"--{f.name} is {value}, expected {least} and below {most}")
-        dpo.check_options(self.beta, self.loss, self.label_smoothing)
+    def __post_init__(self) -> None:
+        may_be_0 = ("seed", "sft_epochs", "sft_coef", "label_smoothing", "warmup_share")
+        below = {"val_share": 0.5, "warmup_share": 1.0, "seed": 2**63}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            limit = below.get(option.name, math.inf)
+            if isinstance(value, (str, bool)) or value is None:
+                continue
+            if option.name in may_be_0:
+                fits = 0 <= value < limit
+                least = "0 or more"
+            else:
+                fits = 0 < value < limit
+                least = "above 0"
+            if not fits:
+                raise ValueError(f"--{option.name} is {value}, expected {least} and below {limit}")
+        dpo.check_variant(self.loss, self.label_smoothing)
         if self.adapter_init != "scratch" and self.adapter != "replace":
-            raise ValueError("--adapter_init pretrained: expected with --adapter replace alone")
-        if self.demo and (self.pairs or not self.sft_epochs):
-            raise ValueError("--demo: expected its own pairs, and some --sft_epochs")
+            raise ValueError(f"--adapter_init is {self.adapter_init}, but --adapter {self.adapter} "
+                             f"has no use for it: expected --adapter replace")
+        if self.demo and self.pairs:
+            raise ValueError("--demo has pairs of its own: expected no --pairs")
+        if self.demo and self.sft_epochs == 0:
+            raise ValueError("--demo begins with random weights: expected some --sft_epochs")
 
-DEMO = {"out": "out/demo", "dtype": "float32", "max_tokens": 100, "max_prompt_tokens": 60, "beta":
-        1.0, "val_share": 0.1, "sft_epochs": 2, "sft_lr": 2e-3, "lr": 5e-4}  # --demo's defaults
 
-def parse(argv: list[str] | None = None) -> Config:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        description="SFT, then DPO, of GPT-2 on hh-rlhf", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error  {message}; see python train.py --help\n")
-    for f in fields(Config):
-        kind = {"type": f.type, "choices": f.metadata["choices"]}
-        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"],
-                            **{"action": "store_true"} if f.type is bool else kind)
-    parser.set_defaults(**DEMO if "--demo" in argv else {})
-    return Config(**vars(parser.parse_args(argv)))
+# The demo's own defaults.
+DEMO = {"out": "out/demo", "dtype": "float32", "max_tokens": 100, "max_prompt_tokens": 60,
+        "beta": 1.0, "val_share": 0.1, "sft_epochs": 2, "sft_lr": 2e-3, "lr": 5e-4}
 
-class Policy(nn.Module):
-    """From a flat batch to the log-probabilities of its responses, (2B,) float32, chosen first."""
-    def __init__(self, model: GPT2):
-        super().__init__()
-        self.model = model
+# 2. The recipe ----------------------------------------------------------------------------------
 
-    def forward(self, batch: data.Batch) -> Tensor:
-        attend = partial(in_rows, rows=batch.rows, back=batch.back)
-        hidden = self.model.hidden(batch.tokens, batch.positions, attend, batch.predicts)
-        return dpo.response_logp(hidden, self.model.wte.weight, batch.targets, batch.response,
-                                 len(batch.lengths))
 
-class Run:
-    """Where a run computes, what it leaves and prints (of several processes only the first)."""
-    def __init__(self, config: Config):
-        self.config, self.folder = config, Path(config.out)
-        self.saved = {"stage": "", "metrics_bytes": 0}  # what last.pt holds, once it is opened
-        env = os.environ.get  # as torchrun sets it
-        self.rank, self.world = int(env("RANK", 0)), int(env("WORLD_SIZE", 1))
-        self.device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
-        kind, auto = self.device.type, "float32"
-        if kind == "cuda":
-            torch.cuda.set_device(int(env("LOCAL_RANK", 0)))
-            auto = "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
-        elif kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
-            auto = "bfloat16"
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        sys.stdout = open(os.devnull, "w") if self.rank else sys.stdout
-        self.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
-        self.autocast = partial(torch.autocast, kind, self.dtype, self.dtype != torch.float32)
-        self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
-        self.objective = partial(
-            dpo.dpo_objective, beta=config.beta, variant=config.loss,
-            label_smoothing=config.label_smoothing, sft_coef=config.sft_coef)
+def train(config: Config) -> int:
+    """The whole job. Returns the exit code: 0, or 1 for a demo that misses its goal."""
+    # Load and split.
+    torch.manual_seed(config.seed)
+    machine = choose_machine(config)
+    model, encoding = load_model(config)
+    splits, audit = load_pairs(config, encoding)
+    run = open_run(config, machine, audit)
+    resumes_dpo = run.saved.get("stage") == "dpo"
 
-    def open(self, audit: dict) -> None:
-        """Begin the folder, or find what to go on from. ValueError for another run's folder."""
-        path, options = self.folder / "config.json", asdict(self.config)
-        options |= {"resume": False, "dtype": str(self.dtype)[6:]}  # auto is another one elsewhere
-        if path.exists():
-            old = json.loads(path.read_text())
-            begun = old.get("options", {})
-            other = [f"--{name} {value}, not {options.get(name)}" for name, value in begun.items()
-                     if value != options.get(name) and name != "out"]  # it may have been moved
-            other += ["other pairs"] if old.get("audit") != audit else []
-            if other or not begun or not self.config.resume:
-                found = "; ".join(other) or "a run is there" if begun else "not of a run"
-                raise ValueError(f"{path}: {found}: expected --resume and all that the run began "
-                                 f"with, or another --out")
-            if (last := self.folder / "last.pt").exists():
-                self.saved = torch.load(last, map_location="cpu", weights_only=True)
-        if self.world > 1:
-            dist.barrier()  # no process writes before all have looked
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = open(os.devnull if self.rank else self.folder / "metrics.jsonl", "ab")
-        if self.rank == 0:
-            self.metrics.truncate(self.saved["metrics_bytes"])
-            self.metrics.seek(0, os.SEEK_END)  # what a kill left behind the last save is gone
-            commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
-            versions = {"python": sys.version, "torch": torch.__version__, "commit": commit}
-            text = json.dumps({"options": options, "audit": audit, "versions": versions}, indent=1)
-            path.with_suffix(".part").write_text(text)
-            path.with_suffix(".part").replace(path)
+    # Each loss function takes a model and a batch, and gives a dict of tensors (B,).
+    def logps_of(model: GPT2, batch: data.Batch) -> Tensor:
+        with torch.autocast(machine.device.type, machine.dtype,
+                            enabled=machine.dtype != torch.float32):
+            return dpo.packed_logps(model, batch, machine.piece)
 
-    def log(self, stage: str, steps: int, kind: str, step: int, values: dict) -> None:
-        """A line on the screen, an object in metrics.jsonl."""
-        line = {"kind": kind, "stage": stage, "step": step} | values
-        self.metrics.write(json.dumps(line).encode() + b"\n")
-        self.metrics.flush()
-        shown = [f"{name} {values[key]:{form}}" for key, (name, form) in SHOWN.items()
-                 if key in values]
-        print(f"{'step' if kind == 'train' else kind:6} {stage} {step}/{steps}", *shown, sep=" | ",
-              flush=True)
+    def sft_loss_function(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
+        return {"loss": dpo.sft_loss(logps_of(model, batch), batch.response_tokens)}
 
-    def save(self, stage: str, model: GPT2, optimizer: torch.optim.Optimizer, reference: dict,
-             kind: str, state: dict) -> str:
-        """The best weights to the folder sft or best; all that a resumed run needs to last.pt."""
-        path = self.folder / ("last.pt" if kind == "last" else "sft" if stage == "sft" else "best")
-        if kind == "best" and self.rank == 0:
-            save_pretrained(model, path)
-        elif self.rank == 0:
-            trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-            torch.save({"stage": stage, "state": state, "model": trained, "reference": reference,
-                        "optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                        "metrics_bytes": self.metrics.tell()}, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
-        return str(path)
+    def dpo_loss_function(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
+        logps = logps_of(model, batch)
+        metrics = dpo.dpo_metrics(logps, batch.reference, config.beta)
+        if config.loss != "sigmoid" or config.label_smoothing > 0:
+            metrics["loss"] = dpo.variant_loss(logps, batch.reference, batch.response_tokens,
+                                               config.beta, config.loss, config.label_smoothing)
+        if config.sft_coef > 0:
+            chosen, _ = logps.chunk(2)
+            chosen_tokens, _ = batch.response_tokens.chunk(2)
+            metrics["loss"] = metrics["loss"] + config.sft_coef * dpo.sft_loss(chosen, chosen_tokens)
+        return metrics
 
-    def batches(self, pairs: list, sides: tuple[str, ...] = data.SIDES) -> Iterator[data.Batch]:
-        """This process's share of the token pairs, by length, for passes without gradients."""
-        for batch, in data.batches(pairs, 64, None, 0, 0, self.rank, self.world, 0, sides):
-            yield batch.to(self.device)
+    # SFT: all weights learn to write like the chosen answers. A replaced MLP is mended here, before
+    # DPO, so that it is part of the reference, too.
+    if config.adapter == "replace" and not (resumes_dpo and config.sft_epochs > 0):
+        add_adapters(model.to(machine.device), "replace", config.adapter_width, config.adapter_init)
+    if config.sft_epochs > 0:
+        if not resumes_dpo:
+            sft_splits = undecided(splits) if config.demo else splits
+            fit(config, machine, run, "sft", model.to(machine.device), sft_loss_function, sft_splits,
+                peak_lr=config.sft_lr, epochs=config.sft_epochs, sides=("chosen",))
+        model = GPT2.from_pretrained(run.folder / "sft")
+    model = model.to(machine.device)
 
-def train_stage(stage: str, model: GPT2, parts: dict[str, list], reference: dict[str, Tensor],
-                run: Run) -> dict:
-    """SFT or DPO of `model`, in place, on parts["train"]; the best weights go to run's folder.
+    # The reference is the model as it is now. It is asked once about every pair.
+    reference = run.saved.get("reference", {})
+    if not resumes_dpo:
+        for name, pairs in splits.items():
+            passes = passes_over(pairs, config, machine)
+            reference[name] = dpo.reference_logps(
+                logps_of, model, data.track(passes, f"reference of {name}",
+                                            math.ceil(len(pairs) / config.micro_pairs), "batches"),
+                len(pairs))
 
-    reference: each part's (pairs, 2), see dpo.reference_logp; none for SFT. Returns fit's state.
+    # The policy begins as its reference: check it.
+    if config.adapter != "replace":
+        add_adapters(model, config.adapter, config.adapter_width)
+    first = next(passes_over(splits["train"], config, machine, reference["train"]))
+    start = dpo.val_step(model, [first], dpo_loss_function)
+    with torch.no_grad():
+        dpo.check_start(logps_of(model, first), first.reference)
+    print(f"start  the policy equals its reference | loss {start['loss']:.4f} | "
+          f"rewards {start['rewards/chosen']:.4f} and {start['rewards/rejected']:.4f}")
+    print_model(model, machine)
+
+    # DPO.
+    state = fit(config, machine, run, "dpo", model, dpo_loss_function, splits, reference,
+                peak_lr=config.lr, epochs=config.epochs)
+
+    # Test, with the best weights.
+    model = GPT2.from_pretrained(run.folder / "best").to(machine.device)
+    test = dpo.val_step(model, passes_over(splits["test"], config, machine, reference["test"]),
+                        dpo_loss_function)
+    count = len(splits["test"])
+    accuracy = test["rewards/accuracies"]
+    low, high = dpo.wilson_interval(accuracy, count)
+    test |= {"pairs": count, "accuracy_low": low, "accuracy_high": high}
+    log(run, "test", "dpo", state.best_step, state.step, test)
+    print(f"result {run.folder / 'best'} | test accuracy {accuracy:.3f}, 95% interval {low:.3f} to "
+          f"{high:.3f}, on {count} pairs")
+    print(f"curves python tests/curves.py {run.folder}")
+    return show_demo(config, machine, run, encoding, splits["test"]) if config.demo else 0
+
+
+# 3. The loop ------------------------------------------------------------------------------------
+
+MAX_SKIPPED = 20               # so many updates in a row without a finite gradient end a run
+
+
+@dataclass
+class State:
+    """Where a loop is: all that decides how it goes on, beside weights, optimizer and batches."""
+    step: int = 0              # updates so far, skipped ones too
+    best_loss: float = math.inf
+    best_step: int = 0
+    worse_in_a_row: int = 0    # validations since the best one
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    window: list = field(default_factory=list)  # metrics of the updates since the last log line
+
+
+def fit(config: Config, machine: "Machine", run: "Run", stage: str, model: GPT2,
+        loss_function: dpo.LossFunction, splits: dict[str, list[data.TokenPair]],
+        reference: dict[str, Tensor] | None = None, *, peak_lr: float, epochs: int,
+        sides: tuple[str, ...] = data.SIDES) -> State:
+    """Train the model on splits["train"], and keep the weights that are best on splits["val"].
+
+    stage: "sft" or "dpo". The best weights go to the folder sft or best. Training ends after
+    `epochs` epochs, or when config.patience validations in a row have brought no lower loss.
+    If run.saved is of this stage, the loop goes on from there, as if it had not been stopped.
+
+    reference: of each split, what dpo.reference_logps returned. Raises FloatingPointError when
+    MAX_SKIPPED updates in a row had no finite gradient.
     """
-    c, sft = run.config, stage == "sft"
-    sides, epochs, peak = (("chosen",), c.sft_epochs, c.sft_lr) if sft else (
-        data.SIDES, c.epochs, c.lr or (1e-4 if c.adapter == "parallel" else 1e-6))
-    objective = {x: dpo.sft_objective if sft else run.objective(reference[x]) for x in parts}
-    an_epoch = math.ceil(len(parts["train"]) / c.batch_pairs)
-    steps, policy = epochs * an_epoch, Policy(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    reference = reference or {}
+    best_folder = run.folder / ("sft" if stage == "sft" else "best")
+    updates_per_epoch = math.ceil(len(splits["train"]) / config.batch_pairs)
+    total_steps = epochs * updates_per_epoch
+    warmup_steps = round(config.warmup_share * total_steps)
+    val_every = max(1, updates_per_epoch // config.vals_per_epoch)
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
-    saved = run.saved if run.saved["stage"] == stage else {}
-    if saved:
-        model.load_state_dict(saved["model"], strict=False)  # frozen weights are in place already
-        optimizer.load_state_dict(saved["optimizer"])
-        run.scaler.load_state_dict(saved["scaler"])
-    done, skip = divmod(saved["state"]["step"] if saved else 0, an_epoch)
-    micro_batches = (batch for epoch in itertools.count(done) for batch in data.batches(
-        parts["train"], c.batch_pairs, c.seed, epoch, skip if epoch == done else 0, run.rank,
-        run.world, c.micro_pairs, sides))
-    learner = nn.parallel.DistributedDataParallel(policy) if run.world > 1 else policy
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    state = State()
+    if run.saved.get("stage") == stage:
+        model.load_state_dict(run.saved["model"], strict=False)   # frozen weights are there already
+        optimizer.load_state_dict(run.saved["optimizer"])
+        scaler.load_state_dict(run.saved["scaler"])
+        state = State(**run.saved["state"])
 
-    def update(step: int) -> dict[str, float]:
+    updates = data.batches(splits["train"], config.batch_pairs, config.micro_pairs, config.seed,
+                           state.step, reference.get("train"), sides, machine.grids)
+    first_step = state.step
+    started = time.perf_counter()
+    tokens = 0                                         # since the last log line, and the seconds
+    seconds = 0.0                                      # that went into updates
+
+    for step in range(first_step, total_steps + 1):
+        # Validation: before the first update, every val_every updates, and after the last.
+        if step % val_every == 0 or step == total_steps:
+            save_last(run, stage, model, optimizer, scaler, reference, state)
+            passes = passes_over(splits["val"], config, machine, reference.get("val"), sides)
+            metrics = dpo.val_step(model, passes, loss_function)
+            if metrics["loss"] < state.best_loss:
+                state.best_loss = metrics["loss"]
+                state.best_step = step
+                state.worse_in_a_row = 0
+                save_pretrained(model, best_folder)
+            else:
+                state.worse_in_a_row += 1
+            metrics |= {"best": state.best_loss, "best_step": state.best_step}
+            log(run, "val", stage, step, total_steps, metrics)
+            if state.worse_in_a_row >= config.patience:
+                break
+        if step == total_steps:
+            break
+
+        # One update.
+        micro_batches = [batch.to(machine.device) for batch in next(updates)]
+        lr = dpo.cosine_lr(step, peak_lr, warmup_steps, total_steps)
         for group in optimizer.param_groups:
-            group["lr"] = dpo.cosine_lr(step, peak, round(c.warmup_share * steps), steps)
-        return dpo.train_step(learner, [batch.to(run.device) for batch in next(micro_batches)],
-                              optimizer, objective["train"], c.max_norm, run.autocast, run.scaler)
+            group["lr"] = lr
+        begun = time.perf_counter()
+        metrics = dpo.train_step(model, micro_batches, optimizer, loss_function, config.max_norm,
+                                 scaler)
+        seconds += time.perf_counter() - begun
+        tokens += sum(batch.tokens.numel() for batch in micro_batches)
+        state.step = step + 1
 
-    state = dpo.fit(
-        update, lambda: dpo.evaluate(policy, run.batches(parts["val"], sides), objective["val"],
-                                     run.autocast),
-        partial(run.log, stage, steps), partial(run.save, stage, model, optimizer, reference),
-        steps=steps, val_every=max(1, an_epoch // c.vals_per_epoch), patience=c.patience,
-        log_every=c.log_every, save_every=c.save_every, state=saved.get("state"))
-    why = "all updates" if state["step"] == steps else f"{c.patience} validations not lower"
-    print(f"stop   {stage} {state['step']}/{steps} | {why} | {state['skipped']} updates skipped | "
-          f"best {state['best']:.4f} at {state['best_step']}: {state['best_at']}", flush=True)
-    if run.world > 1:
-        dist.barrier()  # the best weights are written
+        # An update without a finite gradient changed nothing. Count it, and keep it out of means.
+        if metrics.pop("skipped"):
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+        else:
+            state.skipped_in_a_row = 0
+            state.window.append(metrics | {"lr": lr})
+        if state.skipped_in_a_row == MAX_SKIPPED:
+            raise FloatingPointError(
+                f"{MAX_SKIPPED} updates in a row, up to number {state.step}, had no finite gradient; "
+                f"the last good checkpoint is {best_folder}; try a lower learning rate")
+
+        # A line of the log: means over the updates since the last line.
+        if state.step % config.log_every == 0 or state.step == total_steps:
+            seconds_per_step = (time.perf_counter() - started) / (state.step - first_step)
+            log(run, "train", stage, state.step, total_steps, mean_metrics(state.window) | {
+                "skipped": state.skipped,
+                "tokens_per_second": tokens / seconds,
+                "seconds_left": seconds_per_step * (total_steps - state.step),
+            })
+            state.window = []
+            tokens = 0
+            seconds = 0.0
+        if state.step % config.save_every == 0:
+            save_last(run, stage, model, optimizer, scaler, reference, state)
+
+    why = "all updates were made"
+    if state.step < total_steps:
+        why = f"{config.patience} validations in a row brought no lower loss"
+    print(f"stop   {stage} {state.step}/{total_steps} | {why} | {state.skipped} updates skipped | "
+          f"best loss {state.best_loss:.4f} at {state.best_step}: {best_folder}", flush=True)
     return state
 
-def show_demo(run: Run, encoding: tiktoken.Encoding, prompts: list[str]) -> int:
-    """Sample and print answers before and after DPO; 0 if 95% of the latter are right, else 1."""
-    ids = [encoding.encode_ordinary(p) for p in prompts]
-    for when, folder in (("before", "sft"), ("after", "best")):
-        model = GPT2.from_pretrained(run.folder / folder).to(run.device)
-        answers = [encoding.decode(answer) for answer in generate(
-            model, ids, 30, end_token=encoding.eot_token, seed=run.config.seed)]
-        print(f"answer {when:6} DPO:", *(answer[:3] for answer in answers[:12]))
-        obey = sum("!" in answer for answer in answers) / len(ids)
-        formed = [answer for answer in answers if WELL_FORMED.fullmatch(answer)]
-        print(f"demo   {when:6} DPO {obey:6.1%} of {len(ids)} fresh answers obey the rule, "
-              f"{len(formed) / len(ids):.1%} are well formed")
-    return 0 if min(obey, len(formed) / len(ids)) >= 0.95 else 1
 
-def load(config: Config) -> tuple[GPT2, tiktoken.Encoding]:
-    """The model to begin with and its encoding: the demo's is random, and reads bytes."""
-    if not config.demo:
-        return GPT2.from_pretrained(data.fetch_model(config.model)), tiktoken.get_encoding("gpt2")
-    model = GPT2(GPT2Config(2, 4, 128, 128, 257, 512))
-    nn.init.normal_(model.wte.weight, std=0.1)  # the demo's cure, see README
-    return model, tiktoken.Encoding(
-        "bytes", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 256},
-        mergeable_ranks={bytes([i]): i for i in range(256)})
+def mean_metrics(window: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of every metric over the updates in the window; nothing if there was none."""
+    if not window:
+        return {}
+    return {name: sum(metrics[name] for metrics in window) / len(window) for name in window[0]}
 
-def load_parts(config: Config, encoding: tiktoken.Encoding) -> tuple[dict[str, list], dict]:
-    """Token pairs "train", "val", "test", and what became of each row; ValueError for no pairs."""
-    found = {"train": data.demo_pairs(3000, config.seed) if config.demo else [], "test": []}
-    audit = {}
-    files = {"train": [config.pairs]} if config.pairs else {} if config.demo else {
-        part: data.fetch_hh(config.hh_dir, config.subsets.split(","), part) for part in found}
-    for part, paths in files.items():
-        for path in paths:
-            pairs, audit[str(path)] = data.read_pairs(path)
-            found[part] += pairs
-    parts, audit["split"] = data.split(found["train"], found["test"], config.val_share)
-    for part, pairs in parts.items():
-        parts[part], audit[part] = data.tokenize(pairs, encoding, config.max_tokens,
-                                                 config.max_prompt_tokens)
-        audit[part]["kept"] = len(parts[part])
-        if not parts[part]:
-            raise ValueError(f"no pair for {part}: give more pairs, or a larger --val_share")
-    for name, counts in audit.items():
-        print(f"pairs  {name}:", ", ".join(f"{n:,} {what}" for what, n in counts.items()))
-    return parts, audit
 
-def job(config: Config) -> int:
-    """Pairs, model, SFT, the reference's logps, DPO, test. Returns the exit code."""
-    out = Run(config)
-    torch.manual_seed(config.seed)
-    model, encoding = load(config)
+# 4. Loading -------------------------------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    """What a run computes on."""
+    device: torch.device
+    dtype: torch.dtype         # of matrix products; weights, sums and optimizer are float32
+    grids: int                 # see data.pack
+    piece: int                 # see dpo.packed_logps
+
+
+def choose_machine(config: Config) -> Machine:
+    """The accelerator if there is one, and the fastest number format that it computes natively."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    elif device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+        dtype = torch.bfloat16
+    elif device.type == "cuda":
+        dtype = torch.float16                          # a T4, as in Colab, has no bfloat16
+    elif device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        dtype = torch.bfloat16
+    else:
+        dtype = torch.float32
+
+    # A GPU waits for launches, so it gets few large ones. A CPU computes what it is told, so it
+    # gets many small ones, with little padding in them.
+    if device.type == "cpu":
+        return Machine(device, dtype, grids=8, piece=512)
+    return Machine(device, dtype, grids=1, piece=8192)
+
+
+def load_model(config: Config) -> tuple[GPT2, tiktoken.Encoding]:
+    """The model to begin with, and the encoding of its tokens. The demo's model is random."""
+    encoding = data.encoding_of(config.demo)
+    if config.demo:
+        model = GPT2(GPT2Config(n_layer=2, n_head=4, n_embd=128, n_positions=128, vocab_size=257,
+                                n_inner=512))
+        # With GPT-2's own 0.02, DPO ended in malformed answers in most trials. We don't know why.
+        nn.init.normal_(model.wte.weight, std=0.1)
+    else:
+        model = GPT2.from_pretrained(data.fetch_model(config.model))
+
     shape = model.config
-    for name, most in (("max_tokens", shape.n_positions), ("adapter_width", shape.n_inner),
-                       ("adapter_layers", shape.n_layer)):
-        if (value := getattr(config, name)) > most:
-            raise ValueError(f"--{name} is {value}, expected at most this model's {most}")
     if encoding.n_vocab != shape.vocab_size:
-        raise ValueError(f"--model: {shape.vocab_size} words, expected GPT-2's {encoding.n_vocab}")
-    parts, audit = load_parts(config, encoding)
-    out.open(audit)
-    in_dpo = out.saved["stage"] == "dpo"
-    adapters = (config.adapter, config.adapter_width, config.adapter_init, config.adapter_layers)
-    if config.adapter == "replace" and not (in_dpo and config.sft_epochs):
-        add_adapters(model.to(out.device), *adapters)  # SFT mends it, then it is DPO's reference
-    if config.sft_epochs:
-        if not in_dpo:
-            shown = {part: [p._replace(chosen=p[1 + i % 2]) for i, p in enumerate(pairs)]
-                     for part, pairs in parts.items()}  # the demo's SFT leaves the choice to DPO
-            train_stage("sft", model.to(out.device), shown if config.demo else parts, {}, out)
-        model = GPT2.from_pretrained(out.folder / "sft")
-    policy = Policy(model.to(out.device))
-    reference = out.saved["reference"] if in_dpo else {
-        part: dpo.reference_logp(policy, data.track(
-            out.batches(pairs), f"reference of {part}", len(pairs), "pairs",
-            lambda batch: len(batch.pairs) * out.world), len(pairs), out.autocast)
-        for part, pairs in parts.items()}
-    if config.adapter != "replace":
-        add_adapters(model, *adapters)
-    dpo.check_start(policy, next(out.batches(parts["train"])), reference["train"], config.beta,
-                    out.autocast, config.beta * (1e-5 if out.dtype == torch.float32 else 5e-2))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"model  {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} train | "
-          f"{out.device.type}, {str(out.dtype)[6:]} | torch {torch.__version__}", flush=True)
-    state = train_stage("dpo", model, parts, reference, out)
+        raise ValueError(f"--model {config.model} has a vocabulary of {shape.vocab_size} tokens, "
+                         f"expected GPT-2's {encoding.n_vocab}")
+    if config.max_tokens > shape.n_positions:
+        raise ValueError(f"--max_tokens is {config.max_tokens}, expected at most "
+                         f"{shape.n_positions}, the context of this model")
+    if config.adapter_width > shape.n_inner:
+        raise ValueError(f"--adapter_width is {config.adapter_width}, expected at most "
+                         f"{shape.n_inner}, as this model's own MLPs have")
+    return model, encoding
 
-    policy = Policy(GPT2.from_pretrained(out.folder / "best").to(out.device))
-    test = dpo.evaluate(policy, out.batches(parts["test"]), out.objective(reference["test"]),
-                        out.autocast)
-    accuracy, n = test["rewards/accuracies"], len(parts["test"])
-    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)  # of the 95% interval
-    out.log("dpo", state["step"], "test", state["best_step"], test | {
-        "pairs": n, "accuracy_half_interval": half})
-    print(f"result {out.folder / 'best'} | test accuracy {accuracy:.3f} +- {half:.3f} on {n} pairs")
-    prompts = sorted({encoding.decode(pair.prompt.tolist()) for pair in parts["test"]})
-    return show_demo(out, encoding, prompts * math.ceil(400 / len(prompts))) if config.demo else 0
+
+def load_pairs(config: Config, encoding: tiktoken.Encoding
+               ) -> tuple[dict[str, list[data.TokenPair]], dict[str, dict]]:
+    """The ids of the splits "train", "val" and "test", and what became of each row of the files."""
+    pairs = []
+    test = []
+    audit = {}
+    if config.demo:
+        pairs = data.demo_pairs(3000, config.seed)
+    elif config.pairs:
+        pairs, audit[config.pairs] = data.read_pairs(config.pairs)
+    else:
+        subsets = config.subsets.split(",")
+        for path in data.fetch_hh(config.hh_dir, subsets, "train"):
+            found, audit[str(path)] = data.read_pairs(path)
+            pairs += found
+        for path in data.fetch_hh(config.hh_dir, subsets, "test"):
+            found, audit[str(path)] = data.read_pairs(path)
+            test += found
+
+    splits, audit["split"] = data.split(pairs, test, config.val_share)
+    token_splits = {}
+    for name, texts in splits.items():
+        token_splits[name], counts = data.tokenize(texts, encoding, config.max_tokens,
+                                                   config.max_prompt_tokens)
+        audit[name] = counts | {"kept": len(token_splits[name])}
+
+    for name, counts in audit.items():
+        print(f"pairs  {name}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+    for name, kept in token_splits.items():
+        if not kept:
+            raise ValueError(f"no pair is left for {name}: the lines above say what became of the "
+                             f"rows; give more pairs, or a larger --val_share")
+    return token_splits, audit
+
+
+def undecided(splits: dict[str, list[data.TokenPair]]) -> dict[str, list[data.TokenPair]]:
+    """The demo's pairs for SFT: every other one shows the rejected answer in place of the chosen.
+
+    So SFT teaches the form of answers alone, and leaves the choice between them to DPO.
+    """
+    result = {}
+    for name, pairs in splits.items():
+        result[name] = []
+        for number, pair in enumerate(pairs):
+            if number % 2 == 1:
+                pair = pair._replace(chosen=pair.rejected)
+            result[name].append(pair)
+    return result
+
+
+def passes_over(pairs: list[data.TokenPair], config: Config, machine: Machine,
+                reference: Tensor | None = None,
+                sides: tuple[str, ...] = data.SIDES) -> Iterator[data.Batch]:
+    """Batches on the device, each pair once, for passes without updates."""
+    for batch in data.by_length(pairs, config.micro_pairs, reference, sides, machine.grids):
+        yield batch.to(machine.device)
+
+
+def print_model(model: GPT2, machine: Machine) -> None:
+    """How much of the model trains, and on what."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"model  {parameters:,} parameters, {trained:,} train | {machine.device.type}, "
+          f"{name_of(machine.dtype)} | torch {torch.__version__}", flush=True)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """torch.float32 -> "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+# 5. The run's folder ----------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """A run's folder, as far as it is open."""
+    folder: Path
+    metrics: BinaryIO          # metrics.jsonl, a JSON object a line
+    saved: dict                # what last.pt holds, where the run is resumed
+
+
+def open_run(config: Config, machine: Machine, audit: dict) -> Run:
+    """Begin a run's folder, or find what to go on from.
+
+    Raises ValueError for the folder of another run, and while another process writes there.
+    """
+    folder = Path(config.out)
+    options = asdict(config) | {"resume": False, "dtype": name_of(machine.dtype)}
+    begun = (folder / "config.json").exists()
+    if begun:
+        check_same_run(folder, config, options, audit)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = open(folder / "metrics.jsonl", "ab")
+    if not data.lock(metrics, wait=False):
+        raise ValueError(f"{folder}: another run writes there: wait for it, or take another --out")
+    saved = {}
+    if begun and (folder / "last.pt").exists():
+        saved = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+    metrics.truncate(saved.get("metrics_bytes", 0))    # lines after the last save come once more
+    metrics.seek(0, os.SEEK_END)
+
+    commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
+    versions = {"python": sys.version, "torch": torch.__version__, "commit": commit}
+    text = json.dumps({"format": data.RUN_FORMAT, "options": options, "audit": audit,
+                       "versions": versions}, indent=1)
+    write_whole(folder / "config.json", [text.encode()])
+    return Run(folder, metrics, saved)
+
+
+def check_same_run(folder: Path, config: Config, options: dict, audit: dict) -> None:
+    """ValueError unless the run in the folder began with these options and pairs, and may go on."""
+    old = data.read_run(folder)
+    differences = []
+    for name, value in old["options"].items():
+        if name != "out" and value != options.get(name):     # the folder may have been moved
+            differences.append(f"--{name} {value}, not {options.get(name)}")
+    if old["audit"] != audit:
+        differences.append("other pairs")
+    if differences:
+        raise ValueError(f"{folder}: the run there began with {'; '.join(differences)}: expected the "
+                         f"same, or another --out")
+    if not config.resume:
+        raise ValueError(f"{folder}: a run is there: expected --resume to go on with it, or another "
+                         f"--out")
+
+
+def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimizer,
+              scaler: torch.amp.GradScaler, reference: dict[str, Tensor], state: State) -> None:
+    """Write last.pt: all that --resume needs. It gets its name only when it is whole."""
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained[name] = parameter.detach()
+    buffer = io.BytesIO()      # torch.save on a full disk raises RuntimeError; a write, OSError
+    torch.save({"stage": stage, "state": asdict(state), "model": trained,
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "reference": reference, "metrics_bytes": run.metrics.tell()}, buffer)
+    write_whole(run.folder / "last.pt", [buffer.getbuffer()])
+
+
+# What a line on the screen shows of the metrics: the label, and the format of the number.
+SHOWN = {
+    "loss": ("loss", ".4f"),
+    "rewards/margins": ("margin", "+.3f"),
+    "rewards/accuracies": ("accuracy", ".3f"),
+    "lr": ("lr", ".1e"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "seconds_left": ("seconds left", ".0f"),
+    "best": ("best", ".4f"),
+    "best_step": ("at", ""),
+}
+
+
+def log(run: Run, event: str, stage: str, step: int, total_steps: int,
+        metrics: dict[str, float]) -> None:
+    """A line on the screen, and all metrics as a line of metrics.jsonl. event: train, val, test."""
+    line = {"event": event, "stage": stage, "step": step} | metrics
+    run.metrics.write(json.dumps(line).encode() + b"\n")
+    run.metrics.flush()
+    shown = [f"{event:6} {stage} {step}/{total_steps}"]
+    for name, (label, form) in SHOWN.items():
+        if name in metrics:
+            shown.append(f"{label} {metrics[name]:{form}}")
+    print(" | ".join(shown), flush=True)
+
+
+# 6. The demo ------------------------------------------------------------------------------------
+
+WELL_FORMED = re.compile(r" [0-9][!.]<\|endoftext\|>")  # " 7!", then the end
+
+
+def show_demo(config: Config, machine: Machine, run: Run, encoding: tiktoken.Encoding,
+              test: list[data.TokenPair]) -> int:
+    """Sample answers before and after DPO. Returns 0 if of the latter 95% are right, else 1."""
+    prompts = sorted({tuple(pair.prompt.tolist()) for pair in test})
+    copies = math.ceil(400 / len(prompts))
+    prompts = [list(prompt) for prompt in prompts * copies]
+    for when, folder in (("before", "sft"), ("after", "best")):
+        model = GPT2.from_pretrained(run.folder / folder).to(machine.device)
+        ids = generate(model, prompts, 30, end_token=encoding.eot_token, seed=config.seed)
+        answers = [encoding.decode(answer) for answer in ids]
+        cheerful = sum("!" in answer for answer in answers) / len(answers)
+        formed = sum(WELL_FORMED.fullmatch(answer) is not None for answer in answers) / len(answers)
+        print(f"answer {when:6} DPO:", *(answer[:3] for answer in answers[:12]))
+        print(f"demo   {when:6} DPO {cheerful:6.1%} of {len(answers)} fresh answers obey the rule, "
+              f"{formed:.1%} are well formed")
+    return 0 if min(cheerful, formed) >= 0.95 else 1
+
+
+# 7. The command line ----------------------------------------------------------------------------
+
+EXAMPLES = """
+examples:
+  python train.py                        GPT-2 124M on all four subsets; downloads both
+  python train.py --demo                 a tiny model in a made-up world, in about two minutes
+  python train.py --pairs mine.jsonl     your own pairs
+  python train.py --resume               go on after a stop or a kill
+  python train.py --adapter none --lr 1e-6 --batch_pairs 64
+                                         the nearest to the paper's own settings
+"""
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The options in these words, or in those of the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        description="SFT, then DPO, of GPT-2 on hh-rlhf.", epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=HelpFormatter)
+    for option in fields(Config):
+        name = f"--{option.name}"
+        help = option.metadata["help"]
+        if option.type is bool:
+            parser.add_argument(name, action="store_true", help=help)
+        else:
+            kind = option.type if option.name != "lr" else float
+            parser.add_argument(name, type=kind, default=option.default, help=help,
+                                choices=option.metadata["choices"])
+    if "--demo" in argv:
+        parser.set_defaults(**DEMO)
+    parser.error = lambda message: parser.exit(2, f"error  {message}; see python train.py --help\n")
+    options = vars(parser.parse_args(argv))
+    if options["lr"] is None:
+        options["lr"] = 1e-4 if options["adapter"] == "parallel" else 1e-6
+    return Config(**options)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with defaults, and examples as they are."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """0: a whole run, 1: a demo below its goal, 2 and one line: what its user can mend, 130: ^C."""
+    """The exit code: 0 a whole run, 1 a demo below its goal, 2 an error that its user can mend.
+
+    130 means stopped by Ctrl-C. An error is one line on stderr.
+    """
     try:
-        return job(parse(argv))
-    except (ValueError, OSError, FloatingPointError) as error:
-        print("error ", *str(error).split(), file=sys.stderr)  # torch's have several lines
-        return 2
+        return train(parse(argv))
     except KeyboardInterrupt:
         print("stopped; the same command with --resume goes on", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except (torch.OutOfMemoryError, MemoryError):
+        message = OUT_OF_MEMORY
+    except OSError as error:
+        message = str(error)
+        if error.errno == errno.ENOSPC:
+            message += ": free some space; the same command with --resume then goes on"
+    except RuntimeError as error:                      # on a CPU, torch has no class for it
+        if "can't allocate memory" not in str(error):
+            raise
+        message = OUT_OF_MEMORY
+    except (ValueError, FloatingPointError) as error:
+        message = str(error)
+    print("error ", " ".join(message.split()), file=sys.stderr)   # some have several lines
+    return 2
+
+
+OUT_OF_MEMORY = ("out of memory: a lower --micro_pairs or --max_tokens needs less; --resume takes "
+                 "the options that the run began with, so take another --out")
 
 if __name__ == "__main__":
     sys.exit(main())
