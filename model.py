@@ -114,8 +114,10 @@ class CausalSelfAttention(nn.Module):
         """Generation: tokens see themselves and what earlier calls left. (B, T, 3C) -> (B, T, C)."""
         q, k, v = self.heads(qkv)
         row = torch.arange(len(qkv), device=qkv.device)[:, None]                   # (B, 1)
-        cache.keys[row, :, cache.positions] = k.transpose(1, 2)
-        cache.values[row, :, cache.positions] = v.transpose(1, 2)
+        keys = k.transpose(1, 2).to(cache.keys.dtype)  # (B, T, H, D); under autocast another dtype
+        values = v.transpose(1, 2).to(cache.values.dtype)
+        cache.keys[row, :, cache.positions] = keys
+        cache.values[row, :, cache.positions] = values
 
         place = torch.arange(cache.keys.shape[2], device=qkv.device)               # (S,)
         sees = place <= cache.positions[:, None, :, None]                          # (B, 1, T, S)
@@ -262,10 +264,10 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
     """
     config = model.config
     device = model.wte.weight.device
-    longest = max(len(prompt) for prompt in prompts) if prompts else 0
-    places = longest + max_tokens
-    if min((len(prompt) for prompt in prompts), default=0) < 1:
+    if not prompts or [] in prompts:
         raise ValueError("there is no prompt, or an empty one: expected at least one token in each")
+    longest = max(len(prompt) for prompt in prompts)
+    places = longest + max_tokens                      # of a row, in the cache
     if max_tokens < 1 or places > config.n_positions:
         raise ValueError(f"prompts of up to {longest} tokens and answers of {max_tokens}: expected "
                          f"at least 1 for an answer, and {config.n_positions} together at most; cut "
@@ -295,9 +297,13 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
         new = sample(logits, temperature, top_p, generator)                 # (B,)
 
         for i, token in enumerate(new.tolist()):
-            if not ended[i]:
-                answers[i].append(token)
-                ended[i] = token == end_token or (stop is not None and stop(answers[i]))
+            if ended[i]:
+                continue                               # this row still runs along, unread
+            answers[i].append(token)
+            if token == end_token:
+                ended[i] = True
+            elif stop is not None and stop(answers[i]):
+                ended[i] = True
         if all(ended):
             break
 
@@ -559,7 +565,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 raise ValueError(f"{len(header)} names, expected each to have one {key.decode()}")
 
         end = 0
-        for name, entry in sorted(header.items(), key=first_byte):
+        for name, entry in sorted(header.items(), key=offsets):
             start, stop = entry["data_offsets"]
             shape = entry["shape"]
             dtype = DTYPES[entry["dtype"]]
@@ -575,9 +581,9 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{data_size:,} bytes of data, expected the {end:,} of the tensors")
 
 
-def first_byte(item: tuple[str, dict]) -> int:
-    """Where the tensor of a header's item begins."""
-    return item[1]["data_offsets"][0]
+def offsets(item: tuple[str, dict]) -> list[int]:
+    """Where the tensor of a header's item begins and ends: an empty one before what begins there."""
+    return item[1]["data_offsets"]
 
 
 def check_numbers(numbers: list, most: int) -> None:
@@ -592,7 +598,8 @@ def check_numbers(numbers: list, most: int) -> None:
 def save_pretrained(model: GPT2, folder: str | Path) -> None:
     """Write config.json and model.safetensors, with adapters merged in, as `transformers` reads it.
 
-    A file has its name only when it is whole: it is written under another name, then renamed.
+    Both are written under other names, and renamed when they are whole. So if the disk is full, the
+    old files stay as they were.
     """
     model = merge_adapters(model)
     end_of_text = model.config.vocab_size - 1
@@ -603,8 +610,15 @@ def save_pretrained(model: GPT2, folder: str | Path) -> None:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.json", [json.dumps(config, indent=2).encode()])
-    write_whole(folder / "model.safetensors", safetensors_bytes(model))
+    files = {
+        "config.json": [json.dumps(config, indent=2).encode()],
+        "model.safetensors": safetensors_bytes(model),
+    }
+    for name, parts in files.items():
+        with open(folder / f"{name}.part", "wb") as file:
+            file.writelines(parts)
+    for name in files:
+        (folder / f"{name}.part").replace(folder / name)
 
 
 def safetensors_bytes(model: GPT2) -> Iterator:
@@ -629,11 +643,3 @@ def safetensors_bytes(model: GPT2) -> Iterator:
     yield text
     for tensor in tensors:
         yield tensor.view(-1).view(torch.uint8).numpy()
-
-
-def write_whole(path: Path, parts: Iterator | list) -> None:
-    """Write parts of bytes to a file that gets its name only when all of them are on the disk."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.writelines(parts)
-    part.replace(path)
