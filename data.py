@@ -4,7 +4,7 @@ Read from top to bottom:
 
 1. pairs       what a comparison is, how a line becomes one, which part of the data it goes to
 2. tokens      from text to ids, and what is cut
-3. batches     from ids to tensors, without padding
+3. batches     from ids to tensors: padded, for any model; and packed, which is faster
 4. the demo    made-up pairs whose truth is known
 5. helpers     progress lines; the options with which a run began
 6. downloads   hh-rlhf and GPT-2, from the Hugging Face hub
@@ -51,8 +51,12 @@ ASSISTANT = "\n\nAssistant:"
 class Pair(NamedTuple):
     """A comparison: two responses to one prompt, of which people preferred the chosen one.
 
-    The prompt goes up to and with its "\\n\\nAssistant:". A response keeps its leading space: so the
-    ids of prompt and response, tokenized apart, are those of both tokenized together.
+    prompt:   "\\n\\nHuman: Name a color.\\n\\nAssistant:"
+    chosen:   " Blue is a color."
+    rejected: " Red."
+
+    A response keeps its leading space, as hh-rlhf has it. GPT-2's tokens begin with the space
+    before a word, so the ids of prompt and response, tokenized apart, are those of both together.
     """
     prompt: str
     chosen: str
@@ -70,10 +74,9 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
     """
     pairs = []
     audit = Counter(rows=0, kept=0)
-    opened = gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
-    line = b""
+    line = b""                     # for the message below, if not even the first line can be read
     try:
-        with opened as file:
+        with open_jsonl(path) as file:
             for line in file:
                 audit["rows"] += 1
                 result = parse_line(line)
@@ -87,19 +90,33 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
                          f"({error}); delete it, and download it again") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {audit['rows']}: {error}, in {line!r:.80}; expected a JSON "
-                         f"object with the strings chosen and rejected, and perhaps prompt: correct "
-                         f"the line, or delete the file") from None
+                         f"object with the strings chosen and rejected, and perhaps prompt: "
+                         f"correct the line, or delete the file") from None
     return pairs, audit
 
 
+def open_jsonl(path: str | Path) -> BinaryIO:
+    """The file, open to be read as lines of bytes, whether it is compressed or not."""
+    if str(path).endswith(".gz"):
+        return gzip.open(path)
+    return open(path, "rb")
+
+
 def parse_line(line: bytes) -> Pair | str:
-    """The pair in a line, or the reason why it is dropped. ValueError where there is neither."""
+    """The pair in a line, or the reason why it is dropped. ValueError where there is neither.
+
+    >>> parse_line(b'{"prompt": "Name a color.", "chosen": "Blue.", "rejected": "Red."}').chosen
+    ' Blue.'
+    >>> parse_line(b'{"prompt": "Name a color.", "chosen": "Blue.", "rejected": "Blue."}')
+    'equal answers'
+    """
     row = json.loads(line.decode())
     if not isinstance(row, dict):
         raise ValueError("no object")
-    for key in ("prompt", "chosen", "rejected"):
-        if key not in row and key != "prompt":
+    for key in ("chosen", "rejected"):
+        if key not in row:
             raise ValueError(f"no {key}")
+    for key in ("chosen", "rejected", "prompt"):
         if key in row and not isinstance(row[key], str):
             raise ValueError(f"{key} is {row[key]!r:.80}")
 
@@ -111,9 +128,8 @@ def parse_line(line: bytes) -> Pair | str:
         rejected = prompt + " " + rejected.lstrip()
 
     for dialogue in (chosen, rejected):
-        if not dialogue.startswith(HUMAN):
-            return "not one turn"
-        if dialogue.count(HUMAN) != 1 or dialogue.count(ASSISTANT) != 1:
+        one_question = dialogue.startswith(HUMAN) and dialogue.count(HUMAN) == 1
+        if not one_question or dialogue.count(ASSISTANT) != 1:
             return "not one turn"
 
     chosen_prompt, chosen_response = chosen.split(ASSISTANT)
@@ -133,7 +149,7 @@ def as_dialogue(prompt: str) -> str:
     >>> as_dialogue("Hello") == as_dialogue("Human: Hello") == "\\n\\nHuman: Hello\\n\\nAssistant:"
     True
     """
-    prompt = prompt.strip().removesuffix("Assistant:").rstrip()
+    prompt = re.sub(r"\n+Assistant:$", "", prompt.strip())  # only where it stands on its own line
     if not prompt.startswith("Human:"):
         prompt = "Human: " + prompt
     return "\n\n" + prompt + ASSISTANT
@@ -141,30 +157,36 @@ def as_dialogue(prompt: str) -> str:
 
 def split(pairs: list[Pair], test: list[Pair],
           share: float) -> tuple[dict[str, list[Pair]], Counter]:
-    """The splits "train", "val" and "test", and how many pairs were dropped from the first two.
+    """The splits "train", "val" and "test", and how many pairs were dropped.
 
-    About `share` of the prompts go to val. If there are no test pairs, as much again becomes test.
+    About `share` of the prompts go to val. If `test` is empty, another `share` becomes the test.
     The hash of a prompt decides, so equal prompts are never in two splits, in whatever order the
-    pairs come. A pair whose prompt stands in `test` is dropped from the others, and counted.
+    pairs come and on whatever machine. If rows were drawn instead, a prompt that has several pairs
+    would be trained on and tested on. For the same reason a pair whose prompt stands in `test` is
+    dropped from the others, and counted.
     """
     splits = {"train": [], "val": [], "test": list(test)}
     dropped = Counter({"prompt is in test": 0})
     test_prompts = {pair.prompt for pair in test}
     for pair in pairs:
-        place = place_of(pair.prompt)
+        fraction = fraction_of(pair.prompt)
         if pair.prompt in test_prompts:
             dropped["prompt is in test"] += 1
-        elif place < share:
+        elif fraction < share:
             splits["val"].append(pair)
-        elif not test and place < 2 * share:
+        elif not test and fraction < 2 * share:
             splits["test"].append(pair)
         else:
             splits["train"].append(pair)
     return splits, dropped
 
 
-def place_of(prompt: str) -> float:
-    """A number in [0, 1] that follows from the prompt alone, and is spread evenly over prompts."""
+def fraction_of(prompt: str) -> float:
+    """A number in [0, 1] that follows from the prompt alone, and is spread evenly over prompts.
+
+    Python's own hash() would not do: it is another one in each process.
+    """
+    # JSON may hold half a character, which UTF-8 can't: "surrogatepass" encodes it all the same.
     digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -190,14 +212,14 @@ def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
     Raises ValueError unless 0 < max_prompt_tokens < max_tokens.
     """
     if not 0 < max_prompt_tokens < max_tokens:
-        raise ValueError(f"max_prompt_tokens {max_prompt_tokens}, max_tokens {max_tokens}: expected "
-                         f"0 < max_prompt_tokens < max_tokens, so that a response has room")
+        raise ValueError(f"max_prompt_tokens {max_prompt_tokens}, max_tokens {max_tokens}: "
+                         f"expected 0 < max_prompt_tokens < max_tokens, so that responses fit")
     kept = []
     audit = Counter()
     for pair in track(pairs, "tokenize", len(pairs), "pairs"):
         whole_prompt = encoding.encode_ordinary(pair.prompt)
-        whole_chosen = encoding.encode_ordinary(pair.chosen) + [encoding.eot_token]
-        whole_rejected = encoding.encode_ordinary(pair.rejected) + [encoding.eot_token]
+        whole_chosen = [*encoding.encode_ordinary(pair.chosen), encoding.eot_token]
+        whole_rejected = [*encoding.encode_ordinary(pair.rejected), encoding.eot_token]
 
         prompt = whole_prompt[-max_prompt_tokens:]
         room = max_tokens - len(prompt)
@@ -207,8 +229,7 @@ def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
         if chosen == rejected:
             audit["equal after cutting"] += 1
             continue
-        whole = len(whole_prompt) + len(whole_chosen) + len(whole_rejected)
-        if len(prompt) + len(chosen) + len(rejected) < whole:
+        if (prompt, chosen, rejected) != (whole_prompt, whole_chosen, whole_rejected):
             audit["cut"] += 1
         kept.append(TokenPair(np.array(prompt, np.int32), np.array(chosen, np.int32),
                               np.array(rejected, np.int32)))
@@ -216,19 +237,62 @@ def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
 
 
 # 3. Batches -------------------------------------------------------------------------------------
+#
+# A batch has two forms, with the same meaning. A padded one has a row for each response: any model
+# can read it, and dpo.sequence_logps takes it. A packed one holds each prompt once, and no padding:
+# only our model can read it, by dpo.packed_logps. train.py trains with packed batches, since they
+# are faster.
+#
+# In both forms the responses are numbered chosen first: of B pairs, pair b's chosen response is
+# number b, its rejected response is number B + b.
+
+
+class PaddedBatch(NamedTuple):
+    """B pairs in 2B rows, each a prompt, then a response, then padding."""
+    tokens: Tensor                 # (2B, T) int64
+    mask: Tensor                   # (2B, T) bool: True on the response
+    pairs: Tensor                  # (B,) int64: the pairs' numbers in the data set
+
+
+def pad(pairs: list[TokenPair], numbers: Sequence[int]) -> PaddedBatch:
+    """The plain batch of these pairs, whose numbers in the data set are `numbers` (B,).
+
+    >>> batch = pad([TokenPair([10, 11], [20, 21, 99], [30, 99])], numbers=[7])
+    >>> batch.tokens
+    tensor([[10, 11, 20, 21, 99],
+            [10, 11, 30, 99,  0]])
+    >>> batch.mask.int()
+    tensor([[0, 0, 1, 1, 1],
+            [0, 0, 1, 1, 0]], dtype=torch.int32)
+    """
+    prompts = [pair.prompt for pair in pairs] * 2
+    responses = [pair.chosen for pair in pairs]
+    responses += [pair.rejected for pair in pairs]
+    longest = 0
+    for prompt, response in zip(prompts, responses, strict=True):
+        longest = max(longest, len(prompt) + len(response))
+
+    tokens = torch.zeros(len(responses), longest, dtype=torch.int64)
+    mask = torch.zeros(len(responses), longest, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start = len(prompt)
+        end = len(prompt) + len(response)
+        tokens[row, :start] = torch.as_tensor(prompt)
+        tokens[row, start:end] = torch.as_tensor(response)
+        mask[row, start:end] = True
+    return PaddedBatch(tokens, mask, torch.as_tensor(numbers, dtype=torch.int64))
 
 
 class Batch(NamedTuple):
     """B pairs, packed: the tokens stand in one line, each prompt once, then its two responses.
 
-    dpo.packed_logps, which reads it, shows the batch of two short pairs with all its numbers.
-    Responses are numbered chosen first: pair b's chosen one is b, its rejected one B + b. A batch
-    for supervised fine-tuning has the chosen ones alone: B instead of 2B. int64 where not said.
+    dpo.packed_logps shows the batch of two short pairs with all its numbers. A batch for supervised
+    fine-tuning has the chosen responses alone: B instead of 2B. int64 where nothing else is said.
     """
     tokens: Tensor                 # (N,) the ids that the model reads
     positions: Tensor              # (N,) of each token in its row, from 0
     grids: tuple[Tensor, ...]      # (R, T) each: rows for attention; a cell is a place in `tokens`
-    cells: Tensor                  # (N,) a cell of each token, counted through all grids
+    cells: Tensor                  # (N,) a cell of each token, counted row by row, grid after grid
     predicts: Tensor               # (M,) the places in `tokens` that predict a token of a response
     targets: Tensor                # (M,) the ids that are predicted there
     owner: Tensor                  # (M,) the response, 0 to 2B - 1, to which the target belongs
@@ -256,9 +320,11 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
          sides: tuple[str, ...] = SIDES, grids: int = 1) -> Batch:
     """The Batch of these pairs, whose numbers in the data set are `numbers` (B,).
 
+    sides: ("chosen", "rejected") for DPO, ("chosen",) for supervised fine-tuning.
+
     reference (2, pairs of the data set) float32: what dpo.reference_logps returned, or None.
-    grids: the rows are sorted by length and cut into so many grids, each as wide as its longest
-    row. More grids hold less padding, and take more calls.
+    grids: attention's rows are sorted by length and cut into so many grids, each as wide as its
+    longest row. More grids hold less padding, and take more calls.
     """
     line = []                      # arrays of ids: a prompt, its responses, the next prompt, ...
     positions = []                 # an array for each array in `line`
@@ -286,13 +352,15 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
     predicts = []
     owner = []
     for number, (row, response) in enumerate(zip(all_rows, all_responses, strict=True)):
-        predicts.append(row[-len(response):])      # the prompt's last token, then the response's
+        # A row has all of the prompt, and all of the response but its last token. So the last
+        # len(response) places of the row are the prompt's last token, then the response's own:
+        # each of them predicts the token that comes next.
+        predicts.append(row[-len(response):])
         owner.append(np.full(len(response), number))
 
     if reference is None:
-        of_reference = torch.full((len(all_rows),), math.nan)
-    else:
-        of_reference = reference[:, torch.as_tensor(numbers)].flatten()
+        reference = torch.full((2, max(numbers) + 1), math.nan)
+    of_reference = [reference[SIDES.index(side), torch.as_tensor(numbers)] for side in sides]
     grid_tensors, cells = make_grids(all_rows, length, grids)
     return Batch(
         tokens=int64(line),
@@ -304,7 +372,7 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
         owner=int64(owner),
         response_tokens=torch.tensor([len(response) for response in all_responses]),
         pairs=torch.as_tensor(numbers, dtype=torch.int64),
-        reference=of_reference,
+        reference=torch.cat(of_reference),
     )
 
 
@@ -313,18 +381,22 @@ def make_grids(rows: list[np.ndarray], length: int,
     """Rows in up to `count` grids of rows of like length, and for each token one of its cells.
 
     A row is an array of places in the line, which has `length` tokens. Padding is place 0: the
-    model computes something there, and nothing reads it.
+    model computes something there, and nothing reads it. Rows of 2, 3 and 40 tokens fill 3 x 40
+    cells of one grid, but 2 x 3 and 1 x 40 cells of two.
+
+    A prompt's tokens have the same results in both of their rows: no token sees what comes later.
     """
-    by_length = np.argsort([len(row) for row in rows], kind="stable")
+    order = np.argsort([len(row) for row in rows], kind="stable")
     grids = []
     cells = np.zeros(length, np.int64)
     first_cell = 0                 # of the grid, counted through all grids
-    for group in np.array_split(by_length, min(count, len(rows))):
+    for group in np.array_split(order, min(count, len(rows))):
         width = len(rows[group[-1]])
         grid = np.zeros((len(group), width), np.int64)
         for i, number in enumerate(group):
             row = rows[number]
             grid[i, :len(row)] = row
+            # A prompt stands in two rows. The later row overwrites the earlier one: either will do.
             cells[row] = first_cell + i * width + np.arange(len(row))
         grids.append(torch.from_numpy(grid))
         first_cell += grid.size
@@ -332,7 +404,8 @@ def make_grids(rows: list[np.ndarray], length: int,
 
 
 def int64(arrays: list) -> Tensor:
-    """One tensor of all these arrays, one after the other."""
+    """One int64 tensor of all these arrays, one after the other: torch indexes with int64 alone."""
+    # "unsafe": numpy takes an empty list for floats, and would refuse to make integers of them.
     return torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe"))
 
 
@@ -344,39 +417,47 @@ def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: in
     An epoch holds each pair once; its last update may have fewer pairs. The order is shuffled anew
     for each epoch, and follows from (seed, epoch) alone: so a resumed run sees the same batches.
     An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs.
-    reference, sides, grids: see pack.
+    Pairs of like length waste little padding on one another. reference, sides, grids: see pack.
     """
     updates_per_epoch = math.ceil(len(pairs) / batch_pairs)
-    for update in itertools.count(start):
-        epoch, number = divmod(update, updates_per_epoch)
+    first_epoch, done = divmod(start, updates_per_epoch)
+    for epoch in itertools.count(first_epoch):
         order = shuffled(len(pairs), seed, epoch)
-        numbers = order[number * batch_pairs:(number + 1) * batch_pairs]
-        micro_batches = by_length([pairs[i] for i in numbers], micro_pairs, reference, sides, grids,
-                                  numbers=numbers)
-        yield list(micro_batches)
+        for first in range(done * batch_pairs, len(pairs), batch_pairs):
+            numbers = order[first:first + batch_pairs]
+            yield list(micro_batches(pairs, numbers, micro_pairs, reference, sides, grids))
+        done = 0                   # only the first of these epochs may have begun earlier
 
 
 def by_length(pairs: list[TokenPair], micro_pairs: int, reference: Tensor | None = None,
-              sides: tuple[str, ...] = SIDES, grids: int = 1,
-              numbers: np.ndarray | None = None) -> Iterator[Batch]:
-    """All pairs, sorted by length, in batches of up to micro_pairs: for passes without updates.
+              sides: tuple[str, ...] = SIDES, grids: int = 1) -> Iterator[Batch]:
+    """For passes without updates: all pairs once, by length, in batches of up to micro_pairs.
 
-    numbers: the pairs' numbers in the data set; if left out, the pairs are the whole data set.
+    reference, sides, grids: see pack.
     """
-    if numbers is None:
-        numbers = np.arange(len(pairs))
-    lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
-    order = np.argsort(lengths, kind="stable")
-    for first in range(0, len(pairs), micro_pairs):
-        some = order[first:first + micro_pairs]
-        yield pack([pairs[i] for i in some], numbers[some], reference, sides, grids)
+    numbers = np.arange(len(pairs))
+    return micro_batches(pairs, numbers, micro_pairs, reference, sides, grids)
+
+
+def micro_batches(pairs: list[TokenPair], numbers: np.ndarray, micro_pairs: int,
+                  reference: Tensor | None, sides: tuple[str, ...],
+                  grids: int) -> Iterator[Batch]:
+    """The pairs with these numbers, sorted by length, in batches of up to micro_pairs."""
+    lengths = []
+    for number in numbers:
+        pair = pairs[number]
+        lengths.append(len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
+    numbers = numbers[np.argsort(lengths, kind="stable")]
+    for first in range(0, len(numbers), micro_pairs):
+        some = numbers[first:first + micro_pairs]
+        yield pack([pairs[number] for number in some], some, reference, sides, grids)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     """The numbers from 0 to count - 1 in an order that follows from (seed, epoch) alone.
 
-    numpy promises that the bits of PCG64 stay the same for ever. It promises no such thing for
-    the shuffles that it makes of them, so the bits are sorted here.
+    The order that sorts random numbers is a random order. numpy promises that those of PCG64 stay
+    the same in later versions (NEP 19); for its own shuffle it promises no such thing.
     """
     bits = np.random.PCG64([seed, epoch]).random_raw(count)
     return bits.argsort(kind="stable")
@@ -391,7 +472,7 @@ def demo_pairs(count: int, seed: int) -> list[Pair]:
     """Pairs of a world whose truth is known: people ask for a digit, and like cheerful answers.
 
     " 7!" is cheerful, " 7." is flat. Who is chosen is drawn as Bradley and Terry say, with the
-    probability sigmoid(difference of the true rewards), so 1 label in 56 is wrong.
+    probability sigmoid(4 - 0) = 98.2%, so 1 label in 56 is wrong.
     """
     rng = random.Random(seed)
     verbs = "Name List Give Tell Find Pick Show Send Type Read".split()
@@ -423,7 +504,7 @@ def encoding_of(demo: bool) -> tiktoken.Encoding:
 
 
 def track(items: Iterable, label: str, total: int, unit: str) -> Iterator:
-    """Yield the items, and print a line every five seconds and at the end, on screen or in a log."""
+    """Yield the items, and print a line every five seconds and at the end."""
     start = time.perf_counter()
     printed = start
     for done, item in enumerate(items, 1):
@@ -441,7 +522,7 @@ def print_progress(label: str, done: int, total: int, unit: str, per_second: flo
           f"{seconds_left:.0f} s left", flush=True)
 
 
-RUN_FORMAT = 2                     # of a run's folder; the first edition's had no such number
+RUN_FORMAT = 2                     # of a run's folder; older ones have no such number
 
 
 def read_run(folder: str | Path) -> dict:
@@ -464,7 +545,16 @@ def read_run(folder: str | Path) -> dict:
 
 # 6. Downloads -----------------------------------------------------------------------------------
 #
-# Revisions are pinned, so that results do not change under a reader. The hashes were looked up.
+# How the Hugging Face hub answers. For a large file it redirects (302) to a store on another host,
+# by a signed address that expires after a while. The redirect itself tells the file's size and its
+# sha256 (X-Linked-Size, X-Linked-Etag); the store tells neither. A store sends the rest of a file
+# where it is asked for a Range (206), says that nothing is missing (416), or ignores the Range and
+# sends the whole file (200). Who asks too often is told to wait (429).
+#
+# Nothing here is about DPO. `fetch_model` and `fetch_hh` are all that one calls.
+#
+# The revisions of gpt2 and of hh-rlhf are pinned, so that results do not change under a reader. The
+# hashes are those of their git-LFS pointers, as far as these could be looked up.
 
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M, 1.6B parameters
 MODEL_REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}  # others: main
@@ -523,8 +613,9 @@ def download(url: str, path: str | Path, sha256: str = "", tries: int = 5) -> Pa
 
     A try that breaks off is made again, from the byte where it broke, until `tries` in a row have
     brought nothing new. Then OSError is raised; <path>.part stays, and the next call goes on from
-    it. Also for what can't pass: a wrong address, or content of a wrong size or hash. sha256: the
-    hash that the file must have, in hexadecimal digits; if left out, the one that the hub tells.
+    it. OSError is raised at once for what does not pass: a wrong address, or content of a wrong
+    size or hash. sha256: the hash that the file must have, in hexadecimal digits; if left out, the
+    one that the hub tells. The file has its name only when it is whole and has been checked.
     """
     path = Path(path)
     if path.exists():
@@ -548,6 +639,7 @@ def download(url: str, path: str | Path, sha256: str = "", tries: int = 5) -> Pa
 def lock(file: BinaryIO, wait: bool = True) -> bool:
     """Keep other processes from locking this file, until it is closed or this process ends.
 
+    A lock that is held by an open file is gone when its process is killed, unlike a lock file.
     False if wait is False and another process holds the lock. Where the system or the file system
     has no such locks, nothing is locked, and the answer is True.
     """
@@ -589,7 +681,7 @@ def try_until_whole(url: str, file: BinaryIO, label: str, sha256: str, tries: in
 
 
 def seconds_to_wait(response: requests.Response | None, failures: int) -> float:
-    """As long as the server says, in Retry-After or, as the hub does, in RateLimit; else 2, 4, ..."""
+    """What the server says, in Retry-After or, as the hub does, in RateLimit; else 2, 4, 8, ..."""
     if response is None:
         return 2**failures
     retry_after = response.headers.get("Retry-After", "")
@@ -620,14 +712,18 @@ def receive(url: str, file: BinaryIO, label: str, sha256: str) -> None:
         check_status(url, answer)
         size, hub_sha256 = promised(answer)
         sha256 = sha256 or hub_sha256
-        if answer.status_code == 200:              # the whole file, whatever was asked for
+        code = answer.status_code
+        if code == 200:                            # the whole file, whatever was asked for
             file.truncate(0)
             done = 0
-        elif not goes_on_at(answer, done, size):
+            append(answer, file, label, done, size)
+        elif code == 206 and first_byte_of(answer) == done:
+            append(answer, file, label, done, size)
+        elif code == 416 and done == size:         # no byte is missing
+            pass
+        else:
             file.truncate(0)
             raise requests.ConnectionError(f"the server can't go on after {done:,} bytes")
-        if answer.status_code != 416:              # 416: no byte is missing
-            append(answer, file, label, done, size)
 
     got = file.seek(0, os.SEEK_END)
     if got < size:
@@ -651,8 +747,8 @@ def check_status(url: str, answer: requests.Response) -> None:
         raise requests.HTTPError(f"the answer was {code} {answer.reason}", response=answer)
     encoding = answer.headers.get("Content-Encoding", "identity")
     if code not in (200, 206, 416) or encoding != "identity":
-        raise OSError(f"{url}: the answer was {code} {answer.reason}, encoding {encoding}; expected "
-                      f"the file: see whether the name is right, or set HF_TOKEN")
+        raise OSError(f"{url}: the answer was {code} {answer.reason}, encoding {encoding}; "
+                      f"expected the file: see whether the name is right, or set HF_TOKEN")
 
 
 def promised(answer: requests.Response) -> tuple[int, str]:
@@ -675,12 +771,12 @@ def promised(answer: requests.Response) -> tuple[int, str]:
     return size, sha256
 
 
-def goes_on_at(answer: requests.Response, done: int, size: int) -> bool:
-    """Does an answer of 206 or 416 fit a file of which `done` bytes are there?"""
-    if answer.status_code == 416:
-        return done == size
-    content_range = answer.headers.get("Content-Range", "")
-    return re.match(rf"bytes {done}-\d+/\d+", content_range) is not None
+def first_byte_of(answer: requests.Response) -> int:
+    """The number of the first byte that an answer of 206 brings; -1 if it doesn't say so."""
+    content_range = re.match(r"bytes (\d+)-\d+/\d+", answer.headers.get("Content-Range", ""))
+    if content_range is None:
+        return -1
+    return int(content_range[1])
 
 
 def append(answer: requests.Response, file: BinaryIO, label: str, done: int, size: int) -> None:

@@ -9,26 +9,28 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 5. faster              the same log-probabilities without the arithmetic that padding wastes
 6. variants            other losses that have been proposed since
 
-This file needs torch alone. To train a model of your own with it, copy the file. `batches` is a
-list of your own batches, each an object with the three tensors that are named below.
+The letters in the shapes: B pairs, R rows, T tokens of a row, V words of the vocabulary. Section 5
+also has N tokens of a packed batch, M predictions, and C, the width of the model.
+
+This file needs torch alone, so it can be copied. Here it trains a model of `transformers`, on the
+CPU. Come back to this example after section 4. `batches` is a list of your own batches of 8 pairs,
+each an object with tokens (16, T) and mask (16, T), as sequence_logps takes them, the 8 rows with
+the chosen responses first, and pairs (8,), the numbers of the pairs in the data set.
 
     from dpo import cosine_lr, dpo_metrics, reference_logps, sequence_logps, train_step
 
-    def logps_of(model, batch):          # batch.tokens (2B, T) and batch.mask (2B, T), chosen first
+    def logps_of(model, batch):
         return sequence_logps(lambda tokens: model(tokens).logits, batch.tokens, batch.mask)
 
-    def loss_function(model, batch):     # batch.pairs (B,): the pairs' numbers in the data set
+    def loss_function(model, batch):
         return dpo_metrics(logps_of(model, batch), reference[:, batch.pairs].flatten(), beta=0.1)
 
-    model.eval()                         # no dropout: see check_start
-    reference = reference_logps(logps_of, model, batches, pairs=sum(len(b.pairs) for b in batches))
-    optimizer = torch.optim.AdamW(model.parameters())
+    model.eval()                         # no dropout: check_start says why
+    reference = reference_logps(logps_of, model, batches, pairs=8 * len(batches))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = cosine_lr(step, 1e-6, 10, len(batches))
         metrics = train_step(model, [batch], optimizer, loss_function)
-
-The letters in the shapes: B pairs, R rows, T tokens of a row, V words of the vocabulary. Section 5
-also has N tokens of a packed batch, M predictions, and C, the width of the model.
 """
 
 import math
@@ -64,6 +66,14 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     return loss, chosen_reward.detach(), rejected_reward.detach()
 
 
+def sft_loss(chosen: Tensor, chosen_tokens: Tensor) -> Tensor:
+    """The loss of the stage before DPO, supervised fine-tuning (SFT): nats a token, (B,).
+
+    chosen (B,): logps of the chosen responses, as above. chosen_tokens (B,) int64: their lengths.
+    """
+    return -chosen / chosen_tokens
+
+
 # 2. What goes into it ---------------------------------------------------------------------------
 
 
@@ -78,28 +88,25 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     token sees it. What the model predicts on the padding is dropped here, by `mask`.
     """
     logits = model(tokens[:, :-1])                     # (R, T-1, V): position t predicts token t+1
-    logits = at_least_float32(logits)
+    logits = at_least_float32(logits)                  # a bfloat16 sum would lose whole nats
     targets = tokens[:, 1:]                            # (R, T-1): the tokens that came
     is_response = mask[:, 1:]                          # (R, T-1): which of them count
 
     logps = logits.log_softmax(-1)                                # (R, T-1, V)
     logps = logps.gather(-1, targets[:, :, None]).squeeze(-1)     # (R, T-1): of the targets alone
     logps = logps.masked_fill(~is_response, 0.0)
-    return logps.sum(-1)                               # a sum, not a mean: equation 7 has whole answers
+    return logps.sum(-1)                               # a sum, not a mean: of a whole response
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32 if it was in bfloat16 or float16. float32 and float64 stay as they are.
-
-    A response has up to hundreds of tokens. Summed in bfloat16, their logps would lose whole nats.
-    """
+    """x in float32 if it was in bfloat16 or float16. float32 and float64 stay as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
 def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.Module,
                     batches: Iterable, pairs: int) -> Tensor:
-    """The log-probabilities of a whole data set under the reference: (2, pairs) float32, on the CPU.
+    """The reference's log-probabilities of a whole data set: (2, pairs) float32, on the CPU.
 
     Row 0 is of the chosen responses, row 1 of the rejected ones, in nats.
 
@@ -110,10 +117,13 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
     logps_of(model, batch): the logps (2B,) of a batch, chosen first. batches: together they hold
     each pair once; batch.pairs (B,) int64 has the pairs' numbers, from 0 to pairs - 1.
     """
-    table = torch.full((2, pairs), math.nan)           # nan: a pair that no batch held is noticed
+    table = torch.full((2, pairs), math.nan)           # a pair that no batch holds stays nan
     for batch in batches:
-        logps = logps_of(model, batch)                 # (2B,)
-        table[:, batch.pairs.cpu()] = logps.view(2, -1).float().cpu()
+        logps = logps_of(model, batch).float().cpu()   # (2B,)
+        chosen, rejected = logps.chunk(2)              # (B,) each
+        numbers = batch.pairs.cpu()
+        table[0, numbers] = chosen
+        table[1, numbers] = rejected
     return table
 
 
@@ -145,20 +155,13 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
     }
 
 
-def sft_loss(chosen: Tensor, chosen_tokens: Tensor) -> Tensor:
-    """Supervised fine-tuning, the stage before DPO: nats a token of the chosen responses, (B,).
-
-    chosen (B,): logps in nats. chosen_tokens (B,) int64: how many tokens each response has.
-    """
-    return -chosen / chosen_tokens
-
-
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     """The 95% interval of a share: what it may be, given that `count` samples had this mean.
 
-    Wilson 1927. Unlike mean +- 1.96 standard errors it is never empty, not even where all samples
-    agree. A sample may also be a score between 0 and 1, such as 1/2 for a tie: then the interval
-    is wider than it need be. Raises ValueError unless count is above 0 and mean lies in [0, 1].
+    Wilson 1927 (JASA 22, p. 209). It has some width even where all samples agree, unlike
+    mean +- 1.96 standard errors. A sample may also be a score between 0 and 1, such as 1/2 for a
+    tie: then the interval is wider than it need be. Raises ValueError unless count is above 0 and
+    mean lies in [0, 1].
 
     >>> low, high = wilson_interval(1.0, 2)  # two of two
     >>> f"{low:.2f} to {high:.2f}"
@@ -203,7 +206,7 @@ LossFunction = Callable[[nn.Module, object], dict[str, Tensor]]   # (model, batc
 def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Optimizer,
                loss_function: LossFunction, max_norm: float = 1.0,
                scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
-    """One iteration of training: one update, from the mean loss over all pairs of the micro-batches.
+    """One iteration of training: an update, from the mean loss over all pairs.
 
     micro_batches: the parts of one batch, small enough to go through the model one at a time.
     Each is any object with `pairs` (B,). Their gradients add up, so the update is that of one pass.
@@ -216,13 +219,13 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     optimizer stay as they were, and "skipped" is 1.
     """
     if scaler is None:
-        scaler = torch.amp.GradScaler(enabled=False)   # hands everything through unchanged
+        scaler = torch.amp.GradScaler(enabled=False)   # does nothing; its step is optimizer.step
 
     pairs = sum(len(batch.pairs) for batch in micro_batches)
-    sums = 0.0
+    sums = 0.0                                         # of each metric, a tensor of all of them
     for batch in micro_batches:
         metrics = loss_function(model, batch)
-        # Divide by the pairs of the whole update: a short micro-batch must not weigh like a full one.
+        # By the pairs of the whole update: a short micro-batch must not weigh like a full one.
         loss = metrics["loss"].sum() / pairs
         scaler.scale(loss).backward()                  # adds to the gradients that are there
         sums = sums + sum_over_pairs(metrics)
@@ -230,14 +233,16 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
-    # A GPU computes while Python goes on. To read its numbers is to wait for it, so read all at once.
+    # A GPU computes while Python goes on. To read a number from it is to wait for it, so all
+    # numbers are read at once.
+    names = [*metrics, "grad_norm"]
     numbers = torch.cat([sums / pairs, grad_norm[None]]).tolist()
-    result = dict(zip([*metrics, "grad_norm"], numbers, strict=True))
+    result = dict(zip(names, numbers, strict=True))
 
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
         scaler.step(optimizer)
-    scaler.update()
+    scaler.update()                                    # after a skip: scale less from now on
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -264,36 +269,41 @@ def sum_over_pairs(metrics: dict[str, Tensor]) -> Tensor:
 def check_start(policy: Tensor, reference: Tensor) -> None:
     """Before the first update the policy must equal its reference. Raises ValueError if it doesn't.
 
-    policy, reference (2B,): logps in nats of one batch, computed from the batch in the same form.
+    policy, reference (2B,): logps in nats of one batch. The policy must be asked with the very
+    batch that the reference was asked with: in another batch, bfloat16 rounds otherwise.
 
     At this moment all rewards are 0 and the loss is log 2. If they are not, training would still
     run, towards a wrong goal. This check catches dropout that was left on, a reference that another
-    checkpoint or other data gave, and an adapter that changes the model before it has learnt
-    anything. Only rounding is allowed: some devices add up float32 numbers in a changing order.
+    checkpoint gave, or another order of the pairs, and an adapter that changes the model before it
+    has learnt anything.
+
+    Only rounding is allowed, of 4 times float32's relative precision: some devices add up numbers
+    in a changing order. For logps near -150 that is 0.00007 nats.
     """
     difference = (policy - reference).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
     if not difference <= 4 * rounding:                 # written so that nan is refused, too
         raise ValueError(
-            f"before the first update the policy's log-probabilities differ from the reference's by "
-            f"{difference:.3g} nats on average, expected at most {4 * rounding:.3g}: look for "
+            f"before the first update the policy's log-probabilities differ from the reference's "
+            f"by {difference:.3g} nats on average, expected at most {4 * rounding:.3g}: look for "
             f"dropout, for a reference of another model or other data, or for an adapter that is "
             f"not the identity at first")
 
 
 # 5. The same numbers, faster --------------------------------------------------------------------
 #
-# sequence_logps is all that one needs. But a batch of padded rows makes a model compute three
-# things that nobody asks for:
+# sequence_logps is all that one needs. But on a batch of padded rows a model computes three things
+# that nobody asks for:
 #
 # - Each prompt twice. A pair's two rows begin with the same prompt.
-# - Padding. Rows of a batch are of very different lengths, and all are as long as the longest.
-# - Logits of prompts and padding. GPT-2's head has 50,257 words and takes a third of the time, but
-#   the loss needs only the logits that predict a response.
+# - Padding. The rows of a batch have very different lengths, and all are as long as the longest.
+# - Logits of prompts and padding. The loss needs only those that predict a token of a response, and
+#   GPT-2's head, with its 50,257 words, is a large part of the model.
 #
-# A packed batch has none of this: its tokens stand in one line, each prompt once, then its two
-# responses. Nearly all that a Transformer does, it does to each token alone, so it never needs
-# rows. Only attention does: it gathers rows, and takes the results back to the line.
+# A packed batch has none of this, but for a little padding inside attention. Its tokens stand in
+# one line: each prompt once, then its two responses. Nearly all that a Transformer does, it does to
+# each token alone, so it needs no rows. Only attention does. It gathers rows from the line, and
+# takes the results back to the line.
 
 
 def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
@@ -323,16 +333,25 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     >>> batch.positions
     tensor([0, 1, 2, 3, 2, 0, 1])
 
-    Attention sees a grid of rows, one for each response, sorted by length. Its cells hold places in
-    the line: the last row is 10 11 20 21, the one above it 10 11 30. The 0s on the right of a row
-    are padding. Each token then takes its result from one cell. Cells are counted row by row, from
-    0 to 15; a prompt stands in two rows, and either will do.
+    Attention sees a grid of rows, one for each response, sorted by length. A cell of the grid holds
+    a place in the line, from 0 to 6.
 
     >>> batch.grids[0]
     tensor([[5, 0, 0, 0],
             [5, 6, 0, 0],
             [0, 1, 4, 0],
             [0, 1, 2, 3]])
+
+        the tokens at these places       the numbers of the cells
+        12  .  .  .                       0  1  2  3                 chosen of pair 1
+        12 41  .  .                       4  5  6  7                 rejected of pair 1
+        10 11 30  .                       8  9 10 11                 rejected of pair 0
+        10 11 20 21                      12 13 14 15                 chosen of pair 0
+
+    A dot is padding: the 0 that stands there names some token, and nobody reads the result. After
+    attention, each of the 7 tokens takes its result from one cell. A prompt stands in two rows,
+    with the same result in both; the lower row is taken.
+
     >>> batch.cells
     tensor([12, 13, 14, 15, 10,  4,  5])
 
@@ -358,18 +377,20 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     hidden = model.packed_hidden(batch.tokens, batch.positions, batch.grids, batch.cells)  # (N, C)
     hidden = hidden.index_select(0, batch.predicts)    # (M, C): only what predicts a response
 
-    # The same number taken from all logits of a token changes no softmax. GPT-2's logits lie near
-    # -100, where bfloat16's steps are 0.5. About the mean word's logit they lie near 0.
+    # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. So the mean word is taken from
+    # all words of the head. That takes one number, the mean logit, from all logits of a prediction,
+    # which changes no softmax, whatever the number is: so it needs no gradient, either.
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
     head = head - head.detach().mean(0)
 
+    # Autocast does not reach into TargetLogps' backward pass, so its number format is set here.
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         hidden = hidden.to(torch.get_autocast_dtype(device_type))
         head = head.to(hidden.dtype)
 
     logps = TargetLogps.apply(hidden, head, batch.targets, piece)            # (M,)
-    totals = torch.zeros_like(batch.response_tokens, dtype=logps.dtype)      # (2B,)
+    totals = logps.new_zeros(len(batch.response_tokens))                     # (2B,)
     return totals.index_add(0, batch.owner, logps)     # each response's sum over its tokens
 
 
@@ -377,14 +398,23 @@ class TargetLogps(torch.autograd.Function):
     """log p of each target token, (M,), without keeping logits for the backward pass.
 
     hidden (M, C), head (V, C), targets (M,) int64. Logits (piece, V) exist for `piece` predictions
-    at a time. Plainly, this is (hidden @ head.T).log_softmax(-1), gathered at the targets; autograd
-    would keep all M x V numbers of it. The derivatives, for one prediction:
+    at a time. But for memory, this is the same as three lines that one may read in its place:
 
-        d log p(target) / d hidden = head[target] - softmax @ head
-        d log p(target) / d head   = hidden at the row of the target, minus softmax times hidden
+        log_softmax = (hidden @ head.T).log_softmax(-1)
+        logps = log_softmax.gather(-1, targets[:, None]).squeeze(-1)
+        return logps
 
-    The first needs nothing that comes later, so it is made at once, while the logits are there. The
-    second is made in the backward pass, if the head trains: the logits are computed once more.
+    autograd would keep all M x V numbers of log_softmax for these lines. So both derivatives are
+    written out here. For one prediction, with h for its row of hidden and V words in the head:
+
+        log p(target) = h . head[target] - log(sum over all words of exp(h . head[word]))
+
+        its derivative by h is           head[target] - sum of softmax[word] * head[word]
+        its derivative by head[word] is  (1 if word is the target, else 0) * h - softmax[word] * h
+
+    The first needs nothing that comes later, so the forward pass makes it at once, while it has the
+    logits. The second is as large as the head, and only there if the head trains: the backward pass
+    makes it, from logits that are computed once more.
     """
 
     @staticmethod
@@ -397,9 +427,8 @@ class TargetLogps(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 softmax = log_softmax.exp_().to(h.dtype)
                 slopes.append(head[target] - softmax @ head)
-        if slopes:
-            ctx.save_for_backward(hidden, head, targets, torch.cat(slopes))
-            ctx.piece = piece
+        ctx.save_for_backward(hidden, head, targets, torch.cat(slopes) if slopes else None)
+        ctx.piece = piece
         return torch.cat(logps)
 
     @staticmethod
@@ -414,7 +443,9 @@ class TargetLogps(torch.autograd.Function):
                 softmax = at_least_float32(h @ head.T).softmax(-1)
                 d_head -= softmax.to(h.dtype).T @ w
             d_head = d_head.to(head.dtype)
-        d_hidden = (grad[:, None] * slopes).to(hidden.dtype)
+        d_hidden = None
+        if ctx.needs_input_grad[0]:
+            d_hidden = (grad[:, None] * slopes).to(hidden.dtype)
         return d_hidden, d_head, None, None            # targets and piece have no gradient
 
 
@@ -439,22 +470,22 @@ def variant_loss(policy: Tensor, reference: Tensor, response_tokens: Tensor, bet
     mean_difference = chosen_ratio / chosen_tokens - rejected_ratio / rejected_tokens
 
     if variant == "sigmoid":
-        # Equation 7; with label_smoothing the conservative DPO of Mitchell 2023, which stops to
-        # widen a margin where it would be surer than the labels are.
+        # Equation 7. With label_smoothing it is the conservative DPO of Mitchell 2023: a margin
+        # grows only until the model is as sure as the labels are.
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return (1 - label_smoothing) * right + label_smoothing * wrong
 
     if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409): its mean over labels of which a share is wrong
-        # is the mean of equation 7 over right labels.
+        # Chowdhury et al. 2024 (arXiv:2403.00409): an unbiased estimate, from labels of which a
+        # share is wrong, of what equation 7 would be with right labels.
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
     if variant == "ipo":
-        # Azar et al. 2023 (arXiv:2310.12036), equation 17: the margin shall be 1 / (2 beta), not
-        # ever wider. Per token, as its authors advise.
+        # Azar et al. 2023 (arXiv:2310.12036), equation 17: the margin has a goal, 1 / (2 beta), in
+        # place of growing without end. With means over tokens, as its authors advise.
         return (mean_difference - 1 / (2 * beta)) ** 2
 
     if variant == "hinge":

@@ -1,7 +1,8 @@
 """Is the tuned model better? Llama 2 compares answers, and the numbers show whether to trust it.
 
 Read in this order: PROMPT and read_letter (the question, what counts as an answer), judge_pair (in
-both orders), win_rate, Judge (a server), sample_answers, report, evaluate. Imports model and data.
+both orders), win_rate, Judge (a server), sample_answers, report, evaluate. Imports model, data,
+dpo.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 from requests import adapters
 
 import data
+import dpo
 from model import GPT2, generate
 
 AGAIN = "Write one letter, A or B, and nothing else."  # no offer of a tie: small judges echo it
@@ -77,10 +79,11 @@ def judge_pair(judge: "Judge", prompt: str, answer: str, other: str,
 def win_rate(verdicts: list[tuple[str, tuple[str | None, ...]]]) -> dict[str, float | None]:
     """Counts, and the "rate": wins and half of ties and flips among valid pairs; None without any.
 
-    "low", "high": Wilson's 95% interval for as many games of 0 or 1 as have this variance of pairs
-    (one sample each, both orders together), with another win and loss in it: it is never 0.
-    "least", "most": the rate if all invalid pairs were lost, or won. "decided": of wins and losses;
-    "p": their two-sided sign test. "letter A": of all letters; "flipped": of the pairs judged.
+    "low", "high": the 95% interval of dpo.wilson_interval for the mean of the valid pairs' scores,
+    1, 1/2 or 0 each (one sample a pair, both orders together); scores of 1/2 make it wider than it
+    need be. "least", "most": the rate if all invalid pairs were lost, or won. "decided": of wins
+    and losses; "p": their two-sided sign test. "letter A": of all letters; "flipped": of the pairs
+    judged.
     """
     results, letters = [x for x, _ in verdicts], [x for _, both in verdicts for x in both if x]
     wins, flips, ties, losses, lost = map(results.count, ("win", "flip", "tie", "loss", "invalid"))
@@ -92,12 +95,9 @@ def win_rate(verdicts: list[tuple[str, tuple[str | None, ...]]]) -> dict[str, fl
     n, score, decided = len(results) - lost, wins + (flips + ties) / 2, wins + losses
     if n == 0 or (lost and not judged):  # a judge that never answered yields no number
         return rate
-    p, mean, z = score / n, (score + 1) / (n + 2), 1.959964
-    games = n * mean * (1 - mean) / ((wins + 1 + (flips + ties) / 4) / (n + 2) - mean**2)
-    half = z * math.sqrt(p * (1 - p) / games + (z / games)**2 / 4)
-    low, high = ((p + z**2 / (2 * games) + x) / (1 + z**2 / games) for x in (-half, half))
+    low, high = dpo.wilson_interval(score / n, n)
     tail = sum(math.comb(decided, k) for k in range(min(wins, losses) + 1)) / 2**decided
-    return rate | {"rate": p, "low": low, "high": high, "p": min(1.0, 2 * tail),
+    return rate | {"rate": score / n, "low": low, "high": high, "p": min(1.0, 2 * tail),
                    "least": score / len(results), "most": (score + lost) / len(results),
                    "decided": wins / decided if decided else None}
 
@@ -196,7 +196,7 @@ def sample_answers(model: GPT2, name: str, prompts: list[str], config: argparse.
            f"{config.max_new_tokens}, weights {hashlib.sha256(b''.join(weights)).hexdigest()}")
     blocks = [prompts[i:i + 32] for i in range(0, len(prompts), 32)]  # whole: they share a seed
     todo = [block for block in blocks if any((prompt, key) not in log for prompt in block)]
-    for block in data.track(todo, name, sum(map(len, todo)), "answers", len):
+    for block in data.track(todo, name, len(todo), "blocks of answers"):
         ids = [encoding.encode_ordinary(prompt)[-room:] for prompt in block]
         answers = generate(model, ids, config.max_new_tokens, config.temperature,
                            seed=config.seed + blocks.index(block),
@@ -211,9 +211,10 @@ def sample_answers(model: GPT2, name: str, prompts: list[str], config: argparse.
 
 def answer_logp(model: GPT2, answer: dict) -> float:
     """log p(answer | prompt) of a sampled answer, in nats."""
-    n, row = len(answer["tokens"]), torch.tensor(answer["before"] + answer["tokens"])
-    logits = model(row[None].to(model.wte.weight.device))[0, -n - 1:-1].cpu()  # t predicts t + 1
-    return -torch.nn.functional.cross_entropy(logits, row[-n:], reduction="sum").item()
+    tokens = torch.tensor([answer["before"] + answer["tokens"]], device=model.wte.weight.device)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    mask[:, len(answer["before"]):] = True
+    return dpo.sequence_logps(model, tokens, mask).item()
 
 def describe(texts: list[str], answers: list[dict]) -> dict[str, float]:
     """What answers show without a judge. distinct-n (Li et al. 2016): of all n-grams of words."""
@@ -268,9 +269,9 @@ def report(path: Path, judge: Judge, shown: dict[str, dict], texts: dict[str, li
 def evaluate(config: argparse.Namespace) -> None:
     """Ask whether the judge is there; sample; judge; report."""
     template = Path(config.prompt).read_text() if config.prompt else PROMPT
-    run = json.loads(Path(config.out, "config.json").read_text()).get("options", {"demo": True})
+    run = data.read_run(config.out)["options"]
     if run["demo"]:
-        raise ValueError(f"{config.out} is no run of train.py, or a --demo: nothing to judge there")
+        raise ValueError(f"{config.out} is the run of a --demo: nothing to judge there")
     judge = Judge(config.url, config.judge, template, config.logprobs)
     judge.ask(AGAIN)  # is it there? Better now than after sampling
     files = [run["pairs"]] if run["pairs"] else data.fetch_hh(

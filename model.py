@@ -11,12 +11,13 @@ Needs torch and numpy. The letters in the shapes: B rows, T tokens of a row, N t
 batch, C width (n_embd), H heads, D width of a head (C / H), V words of the vocabulary.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -51,21 +52,8 @@ class GPT2Config:
                              f"{self.n_head}")
 
 
-class Packing(NamedTuple):
-    """How the N tokens of a packed batch stand in rows; dpo.packed_logps shows an example."""
-    grids: tuple[Tensor, ...]      # (R, T) int64 each: which token stands in this cell
-    cells: Tensor                  # (N,) int64: for each token a cell, counted through all grids
-
-
-class LayerCache(NamedTuple):
-    """What one layer remembers of the tokens that it has read; `generate` uses it."""
-    keys: Tensor                   # (B, H, S, D): S places for the tokens of a row
-    values: Tensor                 # (B, H, S, D)
-    positions: Tensor              # (B, T) int64: where the T tokens of this call stand
-
-
 class CausalSelfAttention(nn.Module):
-    """Each token takes in what it and the tokens before it in its row hold. No dropout.
+    """Each token takes in what it and the tokens before it in its row hold.
 
     This is the only place where tokens meet. Everywhere else each token is computed alone.
     """
@@ -76,53 +64,57 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, packing: Packing | None = None,
-                cache: LayerCache | None = None) -> Tensor:
-        """x (B, T, C): rows; or (N, C): a packed batch, with its packing. The same shape returns."""
-        qkv = self.c_attn(x)                           # (..., 3C)
-        if packing is not None:
-            y = self.attend_packed(qkv, packing)
-        elif cache is not None:
-            y = self.attend_cached(qkv, cache)
-        else:
-            y = self.attend(qkv)
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows of tokens: (B, T, C) -> (B, T, C)."""
+        y = self.attend(self.c_attn(x))
         return self.c_proj(y)
 
-    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, 3C) -> queries, keys and values of every head, (B, H, T, D) each."""
-        qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
-
     def attend(self, qkv: Tensor) -> Tensor:
-        """Rows: each token sees itself and what stands before it. (B, T, 3C) -> (B, T, C)."""
-        q, k, v = self.heads(qkv)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
-        return y.transpose(1, 2).flatten(2)
+        """softmax(q k^T / sqrt(D)) v in every head, with -inf for later tokens.
 
-    def attend_packed(self, qkv: Tensor, packing: Packing) -> Tensor:
-        """A packed batch: gather rows, attend in each, take the results back. (N, 3C) -> (N, C).
-
-        A row's padding, on its right, is some token; no real token of the row sees it.
+        qkv (B, T, 3C): what c_attn gave -> (B, T, C).
         """
-        results = []
-        for grid in packing.grids:                     # (R, T)
-            rows = qkv.index_select(0, grid.flatten()).unflatten(0, grid.shape)    # (R, T, 3C)
-            results.append(self.attend(rows).flatten(0, 1))                        # (R * T, C)
-        return torch.cat(results).index_select(0, packing.cells)
-
-    def attend_cached(self, qkv: Tensor, cache: LayerCache) -> Tensor:
-        """Generation: tokens see themselves and what earlier calls left. (B, T, 3C) -> (B, T, C)."""
         q, k, v = self.heads(qkv)
-        row = torch.arange(len(qkv), device=qkv.device)[:, None]                   # (B, 1)
-        keys = k.transpose(1, 2).to(cache.keys.dtype)  # (B, T, H, D); under autocast another dtype
-        values = v.transpose(1, 2).to(cache.values.dtype)
-        cache.keys[row, :, cache.positions] = keys
-        cache.values[row, :, cache.positions] = values
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)    # (B, H, T, D)
+        return y.transpose(1, 2).flatten(2)                            # (B, T, C)
 
-        place = torch.arange(cache.keys.shape[2], device=qkv.device)               # (S,)
-        sees = place <= cache.positions[:, None, :, None]                          # (B, 1, T, S)
-        y = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=sees)
-        return y.transpose(1, 2).flatten(2)
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head: (B, T, 3C) -> (B, H, T, D) each."""
+        q, k, v = qkv.chunk(3, dim=-1)                                 # (B, T, C) each
+        q = q.unflatten(-1, (self.n_head, -1)).transpose(1, 2)         # (B, H, T, D)
+        k = k.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        v = v.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        return q, k, v
+
+    def packed(self, x: Tensor, grids: tuple[Tensor, ...], cells: Tensor) -> Tensor:
+        """A packed batch: gather rows, attend in each, take the results back. (N, C) -> (N, C).
+
+        grids and cells: see GPT2.packed_hidden.
+        """
+        qkv = self.c_attn(x)                                           # (N, 3C): each token once
+        results = []
+        for grid in grids:
+            rows, length = grid.shape
+            in_rows = qkv.index_select(0, grid.flatten())              # (R * T, 3C)
+            y = self.attend(in_rows.view(rows, length, -1))            # (R, T, C)
+            results.append(y.flatten(0, 1))                            # (R * T, C)
+        y = torch.cat(results).index_select(0, cells)                  # (N, C)
+        return self.c_proj(y)
+
+    def cached(self, x: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """Generation: a token also sees what earlier calls read. (B, T, C) -> (B, T, C).
+
+        keys, values (B, H, S, D): those of earlier calls; the ones of this call are written into
+        them. positions (B, T) int64: the places, of S, at which the tokens of this call stand.
+        """
+        q, k, v = self.heads(self.c_attn(x))                           # (B, H, T, D) each
+        place = positions[:, None, :, None]                            # (B, 1, T, 1)
+        keys.scatter_(2, place.expand_as(k), k.to(keys.dtype))
+        values.scatter_(2, place.expand_as(v), v.to(values.dtype))
+
+        sees = torch.arange(keys.shape[2], device=x.device) <= place   # (B, 1, T, S)
+        y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=sees)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -149,9 +141,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config.n_embd, config.n_inner)
 
-    def forward(self, x: Tensor, packing: Packing | None = None,
-                cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), packing, cache)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -159,8 +150,8 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019), with OpenAI's names of the weights.
 
-    There is no dropout, although GPT-2 was pretrained with it: DPO's policy must equal its
-    reference exactly before the first update.
+    GPT-2 was pretrained with dropout. Here is none, in no mode: nothing random may stand between
+    DPO's policy and its reference.
 
     >>> model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=8, n_inner=32))
     >>> model(torch.tensor([[464, 3290, 318]])).shape
@@ -170,7 +161,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # of words; the head too
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # of words
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)  # of positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
@@ -183,34 +174,54 @@ class GPT2(nn.Module):
         """
         return self.logits(self.hidden(tokens))
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None,
-               packing: Packing | None = None, caches: list[LayerCache] | None = None) -> Tensor:
-        """What the head reads: tokens (B, T) -> (B, T, C), or packed (N,) -> (N, C)."""
-        if positions is None:
-            positions = self.positions_of(tokens)
-        x = self.wte(tokens) + self.wpe(positions)
-        for layer, block in enumerate(self.h):
-            cache = None if caches is None else caches[layer]
-            x = block(x, packing, cache)
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head reads: (B, T) -> (B, T, C)."""
+        x = self.embed(tokens)
+        for block in self.h:
+            x = block(x)
         return self.ln_f(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The head is the embedding of the words, used the other way round: (..., C) -> (..., V)."""
-        return F.linear(hidden, self.wte.weight)
-
-    def packed_hidden(self, tokens: Tensor, positions: Tensor, grids: tuple[Tensor, ...],
-                      cells: Tensor) -> Tensor:
-        """What the head reads of a packed batch: tokens and positions (N,) -> (N, C)."""
-        return self.hidden(tokens, positions, Packing(grids, cells))
-
-    def positions_of(self, tokens: Tensor) -> Tensor:
-        """0, 1, 2, ... for the tokens of a row, (T,)."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first layer reads: (B, T) -> (B, T, C)."""
         length = tokens.shape[-1]
         context = self.config.n_positions
         if length > context:
             raise ValueError(f"rows of {length} tokens, expected at most {context}, the context of "
                              f"this model: cut the rows")
-        return torch.arange(length, device=tokens.device)
+        positions = torch.arange(length, device=tokens.device)
+        return self.wte(tokens) + self.wpe(positions)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The head: the embedding of words, used the other way round. (..., C) -> (..., V)."""
+        return F.linear(x, self.wte.weight)
+
+    def packed_hidden(self, tokens: Tensor, positions: Tensor, grids: tuple[Tensor, ...],
+                      cells: Tensor) -> Tensor:
+        """What the head reads, for a packed batch: (N, C). dpo.packed_logps shows such a batch.
+
+        tokens (N,) int64: one line of tokens. positions (N,) int64: of each token in its row.
+        grids: (R, T) int64 each; grids[g][r, t] says which of the N tokens is the t-th of row r. A
+        prompt's tokens stand in two rows. Padding, on the right of a row, is any token: the real
+        tokens of the row don't see it.
+        cells (N,) int64: where a token's result is found, among the R * T cells of all grids.
+        """
+        x = self.wte(tokens) + self.wpe(positions)     # (N, C)
+        for block in self.h:
+            x = x + block.attn.packed(block.ln_1(x), grids, cells)
+            x = x + block.mlp(block.ln_2(x))
+        return self.ln_f(x)
+
+    def cached_hidden(self, tokens: Tensor, positions: Tensor, keys: Tensor,
+                      values: Tensor) -> Tensor:
+        """What the head reads, for the next tokens of rows: (B, T) -> (B, T, C); see `generate`.
+
+        positions (B, T) int64. keys, values (n_layer, B, H, S, D): the KV cache.
+        """
+        x = self.wte(tokens) + self.wpe(positions)
+        for layer, block in enumerate(self.h):
+            x = x + block.attn.cached(block.ln_1(x), keys[layer], values[layer], positions)
+            x = x + block.mlp(block.ln_2(x))
+        return self.ln_f(x)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path,
@@ -237,7 +248,7 @@ class GPT2(nn.Module):
 def initialize(module: nn.Module, n_layer: int) -> None:
     """GPT-2's random start: normal with deviation 0.02, biases 0, LayerNorms as PyTorch makes them.
 
-    c_proj writes into the sum that runs through all layers, 2 * n_layer times, so it starts smaller.
+    c_proj writes into the sum that runs through all layers, 2 * n_layer times: it starts smaller.
     """
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
@@ -270,8 +281,8 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
     places = longest + max_tokens                      # of a row, in the cache
     if max_tokens < 1 or places > config.n_positions:
         raise ValueError(f"prompts of up to {longest} tokens and answers of {max_tokens}: expected "
-                         f"at least 1 for an answer, and {config.n_positions} together at most; cut "
-                         f"the prompts from the left")
+                         f"at least 1 for an answer, and {config.n_positions} together at most; "
+                         f"cut the prompts from the left")
 
     # The KV cache: keys and values of what was read, so that no token is read twice.
     shape = (config.n_layer, len(prompts), config.n_head, places, config.n_embd // config.n_head)
@@ -291,8 +302,7 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
     answers = [[] for _ in prompts]
     ended = [False] * len(prompts)
     for _ in range(max_tokens):
-        caches = [LayerCache(keys[i], values[i], positions) for i in range(config.n_layer)]
-        hidden = model.hidden(tokens, positions, caches=caches)             # (B, T, C)
+        hidden = model.cached_hidden(tokens, positions, keys, values)       # (B, T, C)
         logits = model.logits(hidden[row, last])                            # (B, V)
         new = sample(logits, temperature, top_p, generator)                 # (B,)
 
@@ -307,8 +317,9 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
         if all(ended):
             break
 
-        tokens = new[:, None]                          # from now on a call reads one token of a row
-        positions = lengths[:, None]
+        # From now on a call reads one token of each row: the new one, behind all others.
+        tokens = new[:, None]                          # (B, 1)
+        positions = lengths[:, None]                   # (B, 1)
         lengths = lengths + 1
         last = torch.zeros_like(last)
     return answers
@@ -325,8 +336,10 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     probabilities = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered          # the probability of all likelier tokens
-        ordered[:, 1:] = ordered[:, 1:].masked_fill(before[:, 1:] >= top_p, 0.0)
+        likelier = ordered.cumsum(-1) - ordered        # the probability of all likelier tokens
+        keep = likelier < top_p
+        keep[:, 0] = True                              # the likeliest, whatever top_p is
+        ordered = ordered.masked_fill(~keep, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
@@ -372,8 +385,9 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
     if not 1 <= width <= config.n_inner:
         raise ValueError(f"an adapter of {width} neurons: expected 1 to {config.n_inner}")
 
-    model.requires_grad_(kind != "parallel")           # frozen, or not; new adapters always train
+    model.requires_grad_(True)
     if kind == "parallel":
+        model.requires_grad_(False)                    # the adapters, which are new, will train
         for block in model.h:
             adapter = new_adapter(model, width)
             nn.init.zeros_(adapter.c_proj.weight)
@@ -390,7 +404,8 @@ def new_adapter(model: GPT2, width: int) -> MLP:
     """A random MLP of `width` neurons, on the model's device and in its dtype."""
     adapter = MLP(model.config.n_embd, width)
     initialize(adapter, model.config.n_layer)
-    return adapter.to(model.wte.weight)
+    weight = model.wte.weight
+    return adapter.to(device=weight.device, dtype=weight.dtype)
 
 
 @torch.no_grad()
@@ -403,7 +418,7 @@ def replace_by_strongest(model: GPT2, width: int) -> None:
     tokens = torch.tensor(text, device=model.wte.weight.device)             # (64, length - 1)
 
     # Go through the model layer by layer, to see what each MLP reads.
-    x = model.wte(tokens) + model.wpe(model.positions_of(tokens))
+    x = model.embed(tokens)
     for block in model.h:
         x = x + block.attn(block.ln_1(x))
         inputs = block.ln_2(x)
@@ -453,8 +468,8 @@ def merge_adapters(model: GPT2) -> GPT2:
             state[f"h.{layer}.mlp.{name}"] = weight
 
     n_inner = len(state["h.0.mlp.c_fc.bias"])
-    with torch.device("meta"):                         # the shapes alone: the weights come from state
-        merged = GPT2(replace(model.config, n_inner=n_inner))
+    with torch.device("meta"):                         # the shapes alone: `state` has the weights
+        merged = GPT2(dataclasses.replace(model.config, n_inner=n_inner))
     merged.load_state_dict(state, assign=True)
     return merged
 
@@ -472,6 +487,9 @@ def merged_mlp(mlp: MLP, adapter: MLP) -> MLP:
 
 
 # 4. Files ---------------------------------------------------------------------------------------
+#
+# What follows brings weights from files and into files. `GPT2.from_pretrained` and `save_pretrained`
+# are all that one calls.
 
 # OpenAI's files hold these four matrices as (in, out), nn.Linear holds them as (out, in). They are
 # transposed on the way in and on the way out. The attention's c_proj is square: if it were
@@ -500,8 +518,8 @@ def find_weights(name_or_path: str | Path) -> Path:
     for file in (path, path / "model.safetensors", path / "pytorch_model.bin"):
         if file.is_file() and file.with_name("config.json").exists():
             return file
-    raise FileNotFoundError(f"{path}: expected model.safetensors or pytorch_model.bin there, beside "
-                            f"a config.json; data.fetch_model('gpt2') downloads GPT-2's")
+    raise FileNotFoundError(f"{path}: expected model.safetensors or pytorch_model.bin there, "
+                            f"beside a config.json; data.fetch_model('gpt2') downloads GPT-2's")
 
 
 def read_config(path: Path) -> GPT2Config:
@@ -545,27 +563,18 @@ def read_weights(file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a safetensors file. Some error where the file is damaged.
 
-    The format: 8 bytes with the length of the header; the header, which is JSON,
-    {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}; then the data, one tensor
-    after the other without holes. No number in the file is trusted. The data may begin at an odd
-    byte, as it does in GPT-2's file, so tensors are read and not mapped.
-    """
-    file_size = path.stat().st_size
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        data_size = file_size - 8 - header_size
-        if data_size < 0:
-            raise ValueError(f"{file_size:,} bytes, expected more: the header alone has "
-                             f"{header_size:,}")
-        text = file.read(header_size)
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        for key in (b'"dtype"', b'"shape"', b'"data_offsets"'):
-            if text.count(key) != len(header):         # json.loads would keep the last of two
-                raise ValueError(f"{len(header)} names, expected each to have one {key.decode()}")
+    The format has three parts:
 
-        end = 0
-        for name, entry in sorted(header.items(), key=offsets):
+        8 bytes      the length of the header
+        the header   JSON: {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
+        the data     one tensor after the other, without holes
+
+    The data may begin at an odd byte, as it does in GPT-2's file, so tensors are read, not mapped.
+    """
+    with open(path, "rb") as file:
+        header, data_size = read_header(file, path.stat().st_size)
+        end = 0                                        # of the tensors read so far, in the data
+        for name, entry in sorted(header.items(), key=data_offsets):
             start, stop = entry["data_offsets"]
             shape = entry["shape"]
             dtype = DTYPES[entry["dtype"]]
@@ -581,13 +590,37 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{data_size:,} bytes of data, expected the {end:,} of the tensors")
 
 
-def offsets(item: tuple[str, dict]) -> list[int]:
-    """Where the tensor of a header's item begins and ends: an empty one before what begins there."""
+def read_header(file: BinaryIO, file_size: int) -> tuple[dict, int]:
+    """The header of a safetensors file, and how many bytes of data stand behind it."""
+    header_size = int.from_bytes(file.read(8), "little")
+    data_size = file_size - 8 - header_size
+    if data_size < 0:
+        raise ValueError(f"{file_size:,} bytes, expected more: the header alone has "
+                         f"{header_size:,}")
+    header = json.loads(file.read(header_size), object_pairs_hook=without_repeats)
+    header.pop("__metadata__", None)
+    return header, data_size
+
+
+def without_repeats(items: list[tuple[str, object]]) -> dict:
+    """A JSON object as a dict. ValueError where a key stands twice: json would keep the last."""
+    keys = [key for key, _ in items]
+    if len(set(keys)) != len(keys):
+        raise ValueError("a key stands twice in the header")
+    return dict(items)
+
+
+def data_offsets(item: tuple[str, dict]) -> list[int]:
+    """Where the tensor of a header's item begins and ends: sorts them as they stand in the data."""
     return item[1]["data_offsets"]
 
 
 def check_numbers(numbers: list, most: int) -> None:
-    """ValueError unless these are integers from 0 to `most`, and not absurdly many."""
+    """ValueError unless these are integers from 0 to `most`, and not absurdly many.
+
+    A file may come from anybody. Without this check a shape of 2**60 zeros would take minutes, and
+    a shape of two negative numbers would have the right product.
+    """
     if len(numbers) > 10:
         raise ValueError(f"a shape of {len(numbers) - 2} numbers, expected at most 8")
     for number in numbers:
@@ -606,19 +639,15 @@ def save_pretrained(model: GPT2, folder: str | Path) -> None:
     config = {name: known[0] for name, known in ASSUMED.items()}
     config |= asdict(model.config)
     config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end_of_text,
-               "eos_token_id": end_of_text, "dtype": str(model.wte.weight.dtype)[6:]}
+               "eos_token_id": end_of_text,
+               "dtype": str(model.wte.weight.dtype).removeprefix("torch.")}
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        "config.json": [json.dumps(config, indent=2).encode()],
-        "model.safetensors": safetensors_bytes(model),
-    }
-    for name, parts in files.items():
-        with open(folder / f"{name}.part", "wb") as file:
-            file.writelines(parts)
-    for name in files:
-        (folder / f"{name}.part").replace(folder / name)
+    config_part = write_part(folder / "config.json", [json.dumps(config, indent=2).encode()])
+    weights_part = write_part(folder / "model.safetensors", safetensors_bytes(model))
+    config_part.replace(folder / "config.json")
+    weights_part.replace(folder / "model.safetensors")
 
 
 def safetensors_bytes(model: GPT2) -> Iterator:
@@ -643,3 +672,16 @@ def safetensors_bytes(model: GPT2) -> Iterator:
     yield text
     for tensor in tensors:
         yield tensor.view(-1).view(torch.uint8).numpy()
+
+
+def write_whole(path: Path, parts: Iterator | list) -> None:
+    """Write parts of bytes to a file that gets its name only when all of them are written."""
+    write_part(path, parts).replace(path)
+
+
+def write_part(path: Path, parts: Iterator | list) -> Path:
+    """Write parts of bytes to <path>.part, and return that name."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.writelines(parts)
+    return part

@@ -12,13 +12,19 @@ def main() -> None:
     parser.add_argument("out", nargs="?", default="out", help="the run's folder")
     parser.add_argument("--to", default="", help="the picture; else curves.png in the run's folder")
     args = parser.parse_args()
-    from matplotlib.figure import Figure  # no requirement of the tests
-    rows = [json.loads(line) for line in Path(args.out, "metrics.jsonl").read_text().splitlines()]
+    from matplotlib.figure import Figure  # of requirements-dev.txt
+    lines = [json.loads(line) for line in Path(args.out, "metrics.jsonl").read_text().splitlines()]
     figure = Figure((12, 3), layout="constrained")
     for axis, name in zip(figure.subplots(1, 4), NAMES, strict=True):
-        for kind in ("train", "val"):
-            some = [r for r in rows if (r["stage"], r["kind"]) == ("dpo", kind)]
-            axis.plot([r["step"] for r in some], [r[name] for r in some], label=kind)
+        for event in ("train", "val"):
+            steps = []
+            values = []
+            for line in lines:
+                # A line has no metrics where all its updates were skipped.
+                if line["stage"] == "dpo" and line["event"] == event and name in line:
+                    steps.append(line["step"])
+                    values.append(line[name])
+            axis.plot(steps, values, label=event)
         axis.set(title=name, xlabel="updates of DPO")
         axis.legend()
     figure.savefig(args.to or Path(args.out, "curves.png"))

@@ -4,7 +4,7 @@ The paper's figure 2 for DPO with several beta, beside the exact optimum of RLHF
 pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x) (its equation 4). The true reward is 4 for an
 answer with an exclamation mark and 0 for others, so pi* depends on the reference's share of such
 answers alone. KL is sampled: a mean of log pi(y|x) - log pi_ref(y|x) over the policy's answers.
-Needs matplotlib.
+Needs matplotlib, as requirements-dev.txt names it.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +22,17 @@ import train
 from judge import answer_logp
 from model import GPT2, generate
 
-REWARD = 4.0
+REWARD = data.DEMO_REWARD
+BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+class Point(NamedTuple):
+    """What a run with one beta came to."""
+    beta: float
+    share: float               # of the reference's answers that have the reward
+    kl: float                  # of the policy to the reference, nats an answer
+    kl_error: float            # the standard error of it
+    reward: float              # the mean over the policy's answers
 
 
 def optimum(share: float, beta: float) -> tuple[float, float]:
@@ -32,23 +43,53 @@ def optimum(share: float, beta: float) -> tuple[float, float]:
     return kl, REWARD * p
 
 
-def measure(beta: float, answers: int) -> tuple[float, float, float, float]:
-    """A demo run with this beta: the reference's share, then the policy's KL, its error, reward."""
+def cheerful(answers: list[list[int]]) -> float:
+    """The share of the answers that have an exclamation mark."""
+    return sum(ord("!") in answer for answer in answers) / len(answers)
+
+
+@torch.no_grad()
+def measure(beta: float, count: int) -> Point:
+    """A demo run with this beta, measured on `count` answers."""
     with tempfile.TemporaryDirectory() as out:
-        train.main(["--demo", "--out", f"{out}/run", "--beta", str(beta)])
-        reference, policy = (GPT2.from_pretrained(Path(out, "run", x)) for x in ("sft", "best"))
-    prompts = sorted({pair.prompt for pair in data.demo_pairs(3000, 1)})
-    prompts = [list(p.encode()) for p in prompts * math.ceil(answers / len(prompts))][:answers]
-    shares, ratios = [], []
-    for model in (reference, policy):
-        new = generate(model, prompts, 30, end_token=256, seed=5)
-        shares.append(sum(ord("!") in answer for answer in new) / answers)
-    with torch.no_grad():
-        for before, tokens in zip(prompts, new, strict=True):
-            answer = {"before": before, "tokens": tokens}
-            ratios.append(answer_logp(policy, answer) - answer_logp(reference, answer))
-    kl = torch.tensor(ratios)
-    return shares[0], kl.mean().item(), (kl.std() / math.sqrt(answers)).item(), REWARD * shares[1]
+        code = train.main(["--demo", "--out", f"{out}/run", "--beta", str(beta)])
+        if code not in (0, 1):                         # 1: the demo's goal, which is not ours here
+            raise SystemExit(f"train.py ended with {code}")
+        reference = GPT2.from_pretrained(Path(out, "run", "sft"))
+        policy = GPT2.from_pretrained(Path(out, "run", "best"))
+
+    texts = sorted({pair.prompt for pair in data.demo_pairs(3000, 1)})
+    copies = math.ceil(count / len(texts))
+    prompts = [list(text.encode()) for text in texts * copies][:count]
+    before = generate(reference, prompts, 30, end_token=256, seed=5)
+    answers = generate(policy, prompts, 30, end_token=256, seed=5)
+
+    ratios = []
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        answer = {"before": prompt, "tokens": tokens}
+        ratios.append(answer_logp(policy, answer) - answer_logp(reference, answer))
+    ratios = torch.tensor(ratios)
+    return Point(beta, cheerful(before), ratios.mean().item(),
+                 (ratios.std() / math.sqrt(count)).item(), REWARD * cheerful(answers))
+
+
+def draw(points: list[Point], picture: Path) -> None:
+    """The exact optimum as a line, with a circle for each beta, and the runs as crosses."""
+    from matplotlib.figure import Figure  # of requirements-dev.txt
+    figure = Figure((6, 4), layout="constrained")
+    axis = figure.subplots()
+    share = sum(point.share for point in points) / len(points)
+    line = [optimum(share, 0.3 * 1.1**i) for i in range(60)]
+    axis.plot(*zip(*line, strict=True), color="black", label="exact optimum, every beta")
+    for i, point in enumerate(points):
+        axis.plot(*optimum(share, point.beta), "o", color=f"C{i}", fillstyle="none", markersize=10)
+        axis.plot(point.kl, point.reward, "x", color=f"C{i}", markersize=8,
+                  label=f"DPO, beta {point.beta:g}")
+    axis.set(xlabel="KL(policy || reference), nats an answer", ylabel="true reward, of 4 at most",
+             title="circles: the optimum of that beta")
+    axis.legend()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=100)
 
 
 def main() -> None:
@@ -56,25 +97,13 @@ def main() -> None:
     parser.add_argument("--picture", default="pictures/frontier.png")
     parser.add_argument("--answers", type=int, default=2000, help="of the policy, for each beta")
     args = parser.parse_args()
-    rows = [(beta, *measure(beta, args.answers)) for beta in (0.5, 1.0, 2.0, 4.0, 8.0)]
+    points = [measure(beta, args.answers) for beta in BETAS]
     print("| beta | KL of DPO | optimal KL | reward of DPO | optimal reward |\n" + 5 * "|---" + "|")
-    for beta, share, kl, error, reward in rows:
-        best_kl, best = optimum(share, beta)
-        print(f"| {beta} | {kl:.3f} ± {1.96 * error:.3f} | {best_kl:.3f} | "
-              f"{reward:.2f} | {best:.2f} |")
-    from matplotlib.figure import Figure
-    figure = Figure((6, 4), layout="constrained")
-    axis, share = figure.subplots(), sum(row[1] for row in rows) / len(rows)
-    line = [optimum(share, 0.3 * 1.1**i) for i in range(60)]
-    axis.plot(*zip(*line, strict=True), color="black", label="exact optimum, every beta")
-    for i, (beta, _, kl, _, reward) in enumerate(rows):
-        axis.plot(*optimum(share, beta), "o", color=f"C{i}", fillstyle="none", markersize=10)
-        axis.plot(kl, reward, "x", color=f"C{i}", markersize=8, label=f"DPO, beta {beta:g}")
-    axis.set(xlabel="KL(policy || reference), nats an answer", ylabel="true reward, of 4 at most",
-             title="circles: the optimum of that beta")
-    axis.legend()
-    Path(args.picture).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.picture, dpi=100)
+    for point in points:
+        best_kl, best_reward = optimum(point.share, point.beta)
+        print(f"| {point.beta} | {point.kl:.3f} ± {1.96 * point.kl_error:.3f} | {best_kl:.3f} | "
+              f"{point.reward:.2f} | {best_reward:.2f} |")
+    draw(points, Path(args.picture))
 
 
 if __name__ == "__main__":

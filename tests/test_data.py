@@ -1,13 +1,14 @@
-"""Claims about data.py, from a line of JSON to a flat batch. Downloads have their own file.
+"""Claims about data.py, from a line of JSON to a packed batch. Downloads have their own file.
 
 The files here are written by the tests. The ids are GPT-2's, each with its text beside it.
 """
 
 import gzip
+import io
 import json
+import math
 from collections import Counter
-from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,15 +20,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import ASSISTANT, HUMAN, Pair, TokenPair, batches, flatten, read_pairs, split, tokenize
-from model import GPT2, GPT2Config, in_rows
+from data import (
+    ASSISTANT,
+    HUMAN,
+    SIDES,
+    Pair,
+    TokenPair,
+    batches,
+    by_length,
+    pack,
+    read_pairs,
+    split,
+    tokenize,
+)
+from model import GPT2, GPT2Config
 
 END = 50256  # <|endoftext|>
 PROMPT = "\n\nHuman: Name a color.\n\nAssistant:"
 PROMPT_IDS = [198, 198, 20490, 25,  # "\n", "\n", "Human", ":"
               6530, 257, 3124, 13,  # " Name", " a", " color", "."
               198, 198, 48902, 25]  # "\n", "\n", "Assistant", ":"
-RED, BLUE = " Red.", " Blue is a color."
+RED = " Red."
+BLUE = " Blue is a color."
 RED_IDS = [2297, 13]  # " Red", "."
 BLUE_IDS = [4518, 318, 257, 3124, 13]  # " Blue", " is", " a", " color", "."
 
@@ -38,19 +52,23 @@ def encoding():
 
 
 def dialogue(*turns: str) -> str:
-    """"\\n\\nHuman: ...\\n\\nAssistant: ..." of turns by turns."""
-    return "".join(f"{(HUMAN, ASSISTANT)[i % 2]} {turn}" for i, turn in enumerate(turns))
+    """"\\n\\nHuman: ...\\n\\nAssistant: ..." of the turns, which alternate."""
+    speakers = [HUMAN, ASSISTANT]
+    return "".join(f"{speakers[i % 2]} {turn}" for i, turn in enumerate(turns))
 
 
 def joined(lists) -> list:
+    """The elements of all the lists, in one list."""
     return list(chain.from_iterable(lists))
 
 
 def write(path: Path, rows: list) -> Path:
     """A JSONL file, gzip if its name says so; bytes stand for a line as it is."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    with gzip.open(path, "wb") if path.suffix == ".gz" else open(path, "wb") as file:
-        file.writelines(line + b"\n" for line in lines)
+    content = b""
+    for row in rows:
+        line = row if isinstance(row, bytes) else json.dumps(row).encode()
+        content += line + b"\n"
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 
@@ -95,12 +113,48 @@ def test_no_rejected_text_is_cut_at_the_length_of_the_chosen_prompt(tmp_path, re
     assert read_pairs(write(tmp_path / "p.jsonl", [row])) == ([], {"rows": 1, "kept": 0, reason: 1})
 
 
-@pytest.mark.parametrize("prompt", ["Name a color.", PROMPT, PROMPT + " ", PROMPT[:-12],
-                                    "\n\nHuman: Name a color.\n"])
-def test_a_prompt_of_its_own_may_stand_beside_the_answers(tmp_path, prompt):
+def read_prompt(path: Path, prompt: str) -> str:
+    """The prompt that comes of a row in which it stands beside the answers."""
     row = {"prompt": prompt, "chosen": "Red.", "rejected": " Blue is a color."}
-    pairs, audit = read_pairs(write(tmp_path / "p.jsonl", [row]))
-    assert pairs == [Pair(PROMPT, RED, BLUE)] and audit == Counter(rows=1, kept=1)
+    pairs, audit = read_pairs(write(path / "p.jsonl", [row]))
+    assert audit == Counter(rows=1, kept=1)
+    assert pairs == [Pair(pairs[0].prompt, RED, BLUE)]
+    return pairs[0].prompt
+
+
+@pytest.mark.parametrize("prompt", [
+    "Name a color.",
+    " Name a color.\n",
+    "\n\nHuman: Name a color.\n\nAssistant:",
+    "\n\nHuman: Name a color.\n\nAssistant: ",
+    "\n\nHuman: Name a color.",
+    "\n\nHuman: Name a color.\n",
+    "Name a color.\n\nAssistant:",
+])
+def test_a_prompt_of_its_own_may_stand_beside_the_answers(tmp_path, prompt):
+    assert read_prompt(tmp_path, prompt) == "\n\nHuman: Name a color.\n\nAssistant:"
+
+
+@pytest.mark.parametrize("prompt", [
+    "Human: Name a color.",
+    "Human: Name a color.\n",
+    "\nHuman: Name a color.",
+    "Human: Name a color.\nAssistant:",
+    "Human: Name a color.\n\nAssistant:",
+    "\nHuman: Name a color.\n\nAssistant:\n",
+])
+def test_a_prompt_that_begins_with_human_without_two_newlines_is_not_marked_twice(tmp_path, prompt):
+    assert read_prompt(tmp_path, prompt) == "\n\nHuman: Name a color.\n\nAssistant:"
+
+
+@pytest.mark.parametrize(("prompt", "read"), [
+    ("Humanity?", "\n\nHuman: Humanity?\n\nAssistant:"),
+    ("Who says Human: Hi?", "\n\nHuman: Who says Human: Hi?\n\nAssistant:"),
+    ("Go on after Assistant:", "\n\nHuman: Go on after Assistant:\n\nAssistant:"),
+    ("\n\nHuman: Hi \n\nAssistant:", "\n\nHuman: Hi \n\nAssistant:"),  # its space stays
+])
+def test_words_of_a_prompt_that_look_like_marks_stay(tmp_path, prompt, read):
+    assert read_prompt(tmp_path, prompt) == read
 
 
 def test_a_prompt_of_more_than_one_turn_is_dropped_in_that_form_too(tmp_path):
@@ -110,6 +164,30 @@ def test_a_prompt_of_more_than_one_turn_is_dropped_in_that_form_too(tmp_path):
             {"prompt": "Hi", "chosen": "A", "rejected": " A"}]
     assert read_pairs(write(tmp_path / "p.jsonl", rows)) == ([], Counter(
         {"rows": 4, "kept": 0, "not one turn": 2, "empty answer": 1, "equal answers": 1}))
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ({"prompt": "Hi", "chosen": "A", "rejected": "B"}, "kept"),
+    ({"prompt": "Human: Hi", "chosen": "A", "rejected": "B"}, "kept"),
+    ({"prompt": "", "chosen": "A", "rejected": "B"}, "kept"),
+    ({"prompt": "Human: Hi" + HUMAN, "chosen": "A", "rejected": "B"}, "not one turn"),
+    ({"prompt": "Hi", "chosen": "A", "rejected": "B" + ASSISTANT}, "not one turn"),
+    ({"prompt": "Hi", "chosen": "", "rejected": "\n"}, "empty answer"),  # and equal
+    ({"prompt": "Hi", "chosen": "\nA", "rejected": "A"}, "equal answers"),
+    ({"chosen": "", "rejected": ""}, "not one turn"),
+    ({"chosen": HUMAN + ASSISTANT + "A", "rejected": HUMAN + ASSISTANT + "B"}, "kept"),
+    ({"chosen": ASSISTANT + HUMAN + "A", "rejected": ASSISTANT + HUMAN + "B"}, "not one turn"),
+    ({"chosen": HUMAN + "Hi", "rejected": HUMAN + "Hi"}, "not one turn"),
+    ({"chosen": dialogue("Hi", "A"), "rejected": dialogue("Hi ", "A")}, "prompts differ"),
+    ({"chosen": dialogue("Hi", "A"), "rejected": dialogue("Hi", "A ")}, "kept"),
+])
+def test_a_row_counts_under_one_reason_and_the_audit_adds_up(tmp_path, row, reason):
+    """Two such rows beside one that is kept and one of two turns."""
+    rows = [ROWS[0], row, ROWS[1], row]
+    pairs, audit = read_pairs(write(tmp_path / "p.jsonl", rows))
+    assert audit == Counter(rows=4, kept=1) + Counter(["not one turn", reason, reason])
+    assert audit.total() - audit["rows"] == 4
+    assert len(pairs) == audit["kept"]
 
 
 @pytest.mark.parametrize(("line", "found"), [
@@ -137,7 +215,8 @@ def test_a_bad_line_is_an_error_with_file_and_line_and_what_was_found(tmp_path, 
 
 
 def test_a_torn_gzip_is_an_error_that_tells_the_last_whole_line(tmp_path):
-    path, line = tmp_path / "torn.jsonl.gz", json.dumps(ROWS[0]).encode() + b"\n"
+    path = tmp_path / "torn.jsonl.gz"
+    line = json.dumps(ROWS[0]).encode() + b"\n"
     path.write_bytes(gzip.compress(2 * line) + gzip.compress(line)[:-12])
     with pytest.raises(ValueError, match=r"torn\.jsonl\.gz.*breaks off after line 2 .*delete it"):
         read_pairs(path)
@@ -180,63 +259,85 @@ def asked(*numbers: int) -> list[Pair]:
     return [Pair(f"\n\nHuman: question {n}\n\nAssistant:", f" {n}", " no") for n in numbers]
 
 
-def test_a_prompts_part_follows_from_its_sha256_alone():
+def test_a_prompts_split_follows_from_its_sha256_alone():
     """Digests of prompts 0 to 5 begin 85d6, 3c13, b32f, 019b, f11f, 62ce: of 2^16 0.52, 0.23, 0.70,
     0.01, 0.94, 0.39."""
-    parts, dropped = split(asked(0, 1, 2, 3, 4, 5), asked(99), 0.25)
-    assert parts == {"train": asked(0, 2, 4, 5), "val": asked(1, 3), "test": asked(99)}
+    splits, dropped = split(asked(0, 1, 2, 3, 4, 5), asked(99), 0.25)
+    assert splits == {"train": asked(0, 2, 4, 5), "val": asked(1, 3), "test": asked(99)}
     assert dropped == Counter()
-    at_a_hair = [split(asked(1), asked(99), 0x3c1308168610d846 / 2**64 + e) for e in (0, 1e-15)]
-    assert [(len(parts["train"]), len(parts["val"])) for parts, _ in at_a_hair] == [(1, 0), (0, 1)]
+
+
+def test_a_share_of_just_a_prompts_place_leaves_it_in_train():
+    place = 0x3c1308168610d846 / 2**64
+    splits, _ = split(asked(1), asked(99), place)
+    assert splits == {"train": asked(1), "val": [], "test": asked(99)}
+    splits, _ = split(asked(1), asked(99), place + 1e-15)
+    assert splits == {"train": [], "val": asked(1), "test": asked(99)}
 
 
 def test_without_a_test_set_a_second_share_of_prompts_becomes_it():
     """Digests of 5 and 9 begin 62ce and 7be1, 0.39 and 0.48: between one share and two."""
-    parts, dropped = split(asked(*range(12)), [], 0.25)
-    assert parts == {"train": asked(0, 2, 4, 8, 11), "val": asked(1, 3, 6, 7, 10),
-                     "test": asked(5, 9)} and not dropped.total()
+    splits, dropped = split(asked(*range(12)), [], 0.25)
+    assert splits == {"train": asked(0, 2, 4, 8, 11), "val": asked(1, 3, 6, 7, 10),
+                      "test": asked(5, 9)}
+    assert dropped.total() == 0
 
 
 def test_a_prompt_in_test_is_counted_and_kept_out_of_train_and_val():
-    parts, dropped = split(asked(0, 1, 2, 1), asked(2, 1), 0.25)
-    assert parts == {"train": asked(0), "val": [], "test": asked(2, 1)}
+    splits, dropped = split(asked(0, 1, 2, 1), asked(2, 1), 0.25)
+    assert splits == {"train": asked(0), "val": [], "test": asked(2, 1)}
     assert dropped == Counter({"prompt is in test": 3})
 
 
 @given(st.lists(st.integers(0, 30), max_size=40), st.lists(st.integers(20, 40), max_size=5),
        st.floats(0.01, 0.49), st.randoms(use_true_random=False))
 @settings(max_examples=60)
-def test_no_pair_is_lost_and_equal_prompts_are_in_one_part_in_any_order(numbers, test, share, rng):
+def test_no_pair_is_lost_and_equal_prompts_are_in_one_split_in_any_order(numbers, test, share, rng):
     pairs = [Pair(pair.prompt, f" {i}", " no") for i, pair in enumerate(asked(*numbers))]
-    parts, dropped = split(pairs, asked(*test), share)
-    assert Counter(joined(parts.values())) + Counter(p for p in pairs if p.prompt in {
-        q.prompt for q in asked(*test)}) == Counter(pairs + asked(*test))
-    assert not test or parts["test"] == asked(*test)
-    prompts = [{pair.prompt for pair in part} for part in parts.values()]
-    assert len(set().union(*prompts)) == sum(map(len, prompts))
+    test_pairs = asked(*test)
+    splits, dropped = split(pairs, test_pairs, share)
+
+    test_prompts = {pair.prompt for pair in test_pairs}
+    lost = [pair for pair in pairs if pair.prompt in test_prompts]
+    assert dropped == Counter({"prompt is in test": len(lost)})
+    assert Counter(joined(splits.values())) + Counter(lost) == Counter(pairs + test_pairs)
+    if test:
+        assert splits["test"] == test_pairs
+
+    prompts = []
+    for pairs_of_split in splits.values():
+        prompts += {pair.prompt for pair in pairs_of_split}
+    assert len(set(prompts)) == len(prompts)
+
     shuffled = rng.sample(pairs, len(pairs))
-    other, again = split(shuffled, asked(*test), share)
-    assert again == dropped
-    assert all(sorted(other[name]) == sorted(parts[name]) for name in parts)
+    splits_again, dropped_again = split(shuffled, test_pairs, share)
+    assert dropped_again == dropped
+    for name in ("train", "val", "test"):
+        assert sorted(splits_again[name]) == sorted(splits[name])
 
 
-def test_a_prompt_that_no_file_could_hold_has_a_part_too():
+def test_a_prompt_that_no_file_could_hold_has_a_split_too():
     """JSON can hold half a character, UTF-8 cannot."""
     pair = Pair(f"{HUMAN} \ud800{ASSISTANT}", " a", " b")
-    assert sum(map(len, split([pair], [], 0.1)[0].values())) == 1
+    splits, _ = split([pair], [], 0.1)
+    assert joined(splits.values()) == [pair]
 
 
 def test_about_a_share_of_prompts_goes_to_val():
-    parts, _ = split(asked(*range(2000)), asked(5000), 0.1)
-    assert 160 < len(parts["val"]) < 240  # 200, and three standard deviations of 13.4
+    splits, _ = split(asked(*range(2000)), asked(5000), 0.1)
+    assert 160 < len(splits["val"]) < 240  # 200, and three standard deviations of 13.4
 
 
 # Tokens
 
 def ids_of(pairs, encoding, max_tokens=512, max_prompt_tokens=256):
+    """What tokenize keeps, as tuples of lists, and its audit without zeros."""
     kept, audit = tokenize(pairs, encoding, max_tokens, max_prompt_tokens)
-    assert all(part.dtype == np.int32 for pair in kept for part in pair)
-    return [tuple(part.tolist() for part in pair) for pair in kept], +audit  # no zeros
+    lists = []
+    for pair in kept:
+        assert [ids.dtype for ids in pair] == [np.int32] * 3
+        lists.append(tuple(ids.tolist() for ids in pair))
+    return lists, +audit
 
 
 def test_a_response_keeps_its_space_and_gets_one_end_of_text(encoding):
@@ -304,34 +405,49 @@ def test_limits_that_leave_no_room_are_refused(encoding, max_tokens, max_prompt_
         tokenize([], encoding, max_tokens, max_prompt_tokens)
 
 
-@given(st.lists(st.builds(Pair, *[st.text(min_size=1, max_size=20)] * 3), max_size=5),
-       st.integers(1, 20), st.integers(1, 20))
+texts = st.text(min_size=1, max_size=20)
+
+
+@given(st.lists(st.builds(Pair, texts, texts, texts), max_size=5), st.integers(1, 20),
+       st.integers(1, 20))
 @settings(max_examples=100)
-def test_a_prompt_keeps_its_end_and_a_response_its_begin(encoding, pairs, of_prompt, room):
+def test_a_prompt_keeps_its_end_and_a_response_its_begin(encoding, pairs, max_prompt_tokens, room):
     """Each pair for itself, none lost, and never more than the room there is."""
-    one_by_one = [tokenize([pair], encoding, of_prompt + room, of_prompt) for pair in pairs]
-    kept, audit = tokenize(pairs, encoding, of_prompt + room, of_prompt)
-    for ids, alone in zip(kept, joined(k for k, _ in one_by_one), strict=True):
-        assert [part.tolist() for part in ids] == [part.tolist() for part in alone]
-    assert audit == sum((a for _, a in one_by_one), Counter()) + Counter()
+    max_tokens = max_prompt_tokens + room
+    expected = []
+    counts = Counter()
+    for pair in pairs:
+        whole = [encoding.encode_ordinary(text) for text in pair]
+        prompt = whole[0][max(0, len(whole[0]) - max_prompt_tokens):]
+        left = max_tokens - len(prompt)
+        chosen = [*whole[1], END][:left]
+        rejected = [*whole[2], END][:left]
+        if chosen == rejected:
+            counts["equal after cutting"] += 1
+            continue
+        expected.append((prompt, chosen, rejected))
+        one_is_cut = len(whole[1]) + 1 > left or len(whole[2]) + 1 > left
+        counts["cut"] += len(prompt) < len(whole[0]) or one_is_cut
+
+    kept, audit = ids_of(pairs, encoding, max_tokens, max_prompt_tokens)
+    assert kept == expected
+    assert audit == +counts
     assert len(kept) + audit["equal after cutting"] == len(pairs)
-    for pair, (single, _) in zip(pairs, one_by_one, strict=True):
-        prompt, *responses = (encoding.encode_ordinary(text) for text in pair)
-        for ids in single:
-            assert ids.prompt.tolist() == prompt[max(0, len(prompt) - of_prompt):]
-            for got, full in zip(ids[1:], responses, strict=True):
-                left = of_prompt + room - len(ids.prompt)
-                assert len(got) == min(len(full) + 1, left)
-                assert got.tolist() == [*full, END][:left]
 
 
-# Flat batches
+# Packed batches
 
 def numbered(*lengths: tuple[int, int, int]) -> list[TokenPair]:
     """Pairs of such lengths; no id stands twice, so that each tells where it came from."""
-    ids = iter(range(1000, 50000))
-    return [TokenPair(*(np.array([next(ids) for _ in range(n)], np.int32) for n in pair))
-            for pair in lengths]
+    pairs = []
+    first = 1000
+    for pair_lengths in lengths:
+        parts = []
+        for length in pair_lengths:
+            parts.append(np.arange(first, first + length, dtype=np.int32))
+            first += length
+        pairs.append(TokenPair(*parts))
+    return pairs
 
 
 WORKED = [TokenPair(np.array([10, 11]), np.array([20, 21, END]), np.array([30, END])),
@@ -340,174 +456,274 @@ WORKED = [TokenPair(np.array([10, 11]), np.array([20, 21, END]), np.array([30, E
 
 def test_a_worked_batch():
     """Two pairs: each prompt once, no padding among the tokens, last tokens only predicted."""
-    batch = flatten(WORKED, np.array([7, 3]), groups=1)
+    batch = pack(WORKED, [7, 3])
     assert batch.tokens.tolist() == [10, 11, 20, 21, 30, 12, 41]
     assert batch.positions.tolist() == [0, 1, 2, 3, 2, 0, 1]
     assert batch.predicts.tolist() == [1, 2, 3, 5, 1, 4, 5, 6]
     assert batch.targets.tolist() == [20, 21, END, 40, 30, END, 41, 42]
-    assert batch.response.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
-    assert batch.lengths.tolist() == [3, 1, 2, 2]
+    assert batch.owner.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
+    assert batch.response_tokens.tolist() == [3, 1, 2, 2]
     assert batch.pairs.tolist() == [7, 3]
-    rows, = batch.rows  # the shortest first, 0 for a pad
-    assert rows.tolist() == [[5, 0, 0, 0], [5, 6, 0, 0], [0, 1, 4, 0], [0, 1, 2, 3]]
-    assert batch.back.tolist()[2:] == [14, 15, 10, batch.back[5], 5]
-    assert batch.back[5] in (0, 4) and batch.back[:2].tolist() in ([8, 9], [12, 13])
+
+    [grid] = batch.grids  # the shortest row first, 0 for padding
+    assert grid.tolist() == [[5, 0, 0, 0], [5, 6, 0, 0], [0, 1, 4, 0], [0, 1, 2, 3]]
+    assert batch.cells[2:5].tolist() == [14, 15, 10]
+    assert batch.cells[6] == 5
+    assert batch.cells[5] in (0, 4)  # a prompt stands in two rows, and either will do
+    assert batch.cells[:2].tolist() in ([8, 9], [12, 13])
 
 
 def test_a_worked_batch_of_the_chosen_side_alone():
-    batch = flatten(WORKED, np.array([7, 3]), sides=("chosen",), groups=2)
+    batch = pack(WORKED, [7, 3], sides=("chosen",), grids=2)
     assert batch.tokens.tolist() == [10, 11, 20, 21, 12]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0]
-    assert [rows.tolist() for rows in batch.rows] == [[[4]], [[0, 1, 2, 3]]]
-    assert batch.back.tolist() == [1, 2, 3, 4, 0]
-    assert batch.predicts.tolist() == [1, 2, 3, 4] and batch.targets.tolist() == [20, 21, END, 40]
-    assert batch.response.tolist() == [0, 0, 0, 1] and batch.lengths.tolist() == [3, 1]
+    assert [grid.tolist() for grid in batch.grids] == [[[4]], [[0, 1, 2, 3]]]
+    assert batch.cells.tolist() == [1, 2, 3, 4, 0]
+    assert batch.predicts.tolist() == [1, 2, 3, 4]
+    assert batch.targets.tolist() == [20, 21, END, 40]
+    assert batch.owner.tolist() == [0, 0, 0, 1]
+    assert batch.response_tokens.tolist() == [3, 1]
+    assert batch.pairs.tolist() == [7, 3]
 
 
-def check(batch: data.Batch, pairs: list[TokenPair], sides: tuple) -> None:
+def test_a_worked_padded_batch():
+    """The same two pairs in rows, chosen first; the mask is on the responses, last tokens too."""
+    batch = data.pad(WORKED, [7, 3])
+    assert batch.tokens.tolist() == [[10, 11, 20, 21, END], [12, 40, 0, 0, 0],
+                                     [10, 11, 30, END, 0], [12, 41, 42, 0, 0]]
+    assert batch.mask.tolist() == [[False, False, True, True, True],
+                                   [False, True, False, False, False],
+                                   [False, False, True, True, False],
+                                   [False, True, True, False, False]]
+    assert batch.pairs.tolist() == [7, 3]
+
+
+def check(batch: data.Batch, pairs: list[TokenPair], sides: tuple[str, ...]) -> None:
     """Read a batch back, as a model sees it: what each prediction's token can attend to, in order,
     must be exactly its pair's prompt and response up to there, each token at its own position."""
-    pairs = [pairs[i] for i in batch.pairs]
-    places, columns, context = [], [], {}
-    for rows in batch.rows:
-        for row in rows.tolist():
-            places += row
-            columns += range(len(row))
-            context |= {len(context) + i: row[:i + 1] for i in range(len(row))}
-    tokens, positions = batch.tokens.tolist(), batch.positions.tolist()
-    for token, place in enumerate(batch.back.tolist()):
-        assert places[place] == token and columns[place] == positions[token]
-        assert [positions[t] for t in context[place]] == list(range(columns[place] + 1))
-    responses = [getattr(pair, side).tolist() for side in sides for pair in pairs]
-    prompts = [pair.prompt.tolist() for _ in sides for pair in pairs]
-    assert batch.lengths.tolist() == [len(response) for response in responses]
-    told = iter(zip(batch.response.tolist(), batch.predicts.tolist(), batch.targets.tolist(),
-                    strict=True))
-    for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        for i, target in enumerate(response):
-            whose, place, predicted = next(told)
-            seen = [tokens[t] for t in context[batch.back[place].item()]]
-            assert (whose, predicted, seen) == (number, target, prompt + response[:i])
-    assert next(told, None) is None
-    assert len(tokens) == sum(len(p.prompt) for p in pairs) + sum(len(r) - 1 for r in responses)
-    assert all(t.dtype == torch.int64 for t in (
-        *batch.rows, *(value for value in batch._asdict().values() if value is not batch.rows)))
+    contexts = []  # for each cell: the places in `tokens` that it can attend to
+    for grid in batch.grids:
+        for row in grid.tolist():
+            for column in range(len(row)):
+                contexts.append(row[:column + 1])
+
+    tokens = batch.tokens.tolist()
+    positions = batch.positions.tolist()
+    cells = batch.cells.tolist()
+    assert len(tokens) == len(positions) == len(cells)
+    for place, cell in enumerate(cells):
+        context = contexts[cell]
+        assert context[-1] == place
+        assert [positions[seen] for seen in context] == list(range(len(context)))
+
+    expected = []  # (response, what it predicts, from which tokens)
+    response_tokens = []
+    read = 0
+    own_pairs = [pairs[i] for i in batch.pairs]
+    for side in sides:
+        for pair in own_pairs:
+            response = getattr(pair, side).tolist()
+            for i, target in enumerate(response):
+                context = pair.prompt.tolist() + response[:i]
+                expected.append((len(response_tokens), target, context))
+            response_tokens.append(len(response))
+            read += len(response) - 1
+
+    found = []
+    for owner, place, target in zip(batch.owner.tolist(), batch.predicts.tolist(),
+                                    batch.targets.tolist(), strict=True):
+        context = [tokens[seen] for seen in contexts[cells[place]]]
+        found.append((owner, target, context))
+    assert found == expected
+    assert batch.response_tokens.tolist() == response_tokens
+    assert len(tokens) == read + sum(len(pair.prompt) for pair in own_pairs)
+
+    assert batch.reference.dtype == torch.float32
+    for tensor in [*batch.grids, *batch._replace(grids=batch.tokens, reference=batch.pairs)]:
+        assert tensor.dtype == torch.int64
 
 
-lengths = st.lists(st.tuples(*[st.integers(1, 9)] * 3), max_size=9)
+lengths = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=9)
 some_sides = st.sampled_from([("chosen", "rejected"), ("chosen",), ("rejected",)])
 
 
 @given(lengths, some_sides, st.integers(1, 6))
 @settings(max_examples=150)
-def test_each_pair_can_be_read_back_from_a_batch_of_any_lengths(lengths, sides, groups):
+def test_each_pair_can_be_read_back_from_a_batch_of_any_lengths(lengths, sides, grids):
     pairs = numbered(*lengths)
-    batch = flatten(pairs, np.arange(len(pairs)), sides, groups)
+    batch = pack(pairs, np.arange(len(pairs)), sides=sides, grids=grids)
     check(batch, pairs, sides)
-    assert len(batch.rows) == max(1, min(groups, len(sides) * len(pairs)))
+    assert len(batch.grids) == min(grids, len(sides) * len(pairs))
 
 
-def test_groups_hold_rows_of_like_length():
-    """Rows of 4, 4, 8 and 40 tokens: in two groups 2 x 4 and 2 x 40 places, instead of 4 x 40."""
-    batch = flatten(numbered((3, 2, 38), (3, 2, 6)), np.arange(2), groups=2)
-    assert [tuple(rows.shape) for rows in batch.rows] == [(2, 4), (2, 40)]
+def test_grids_hold_rows_of_like_length():
+    """Rows of 4, 4, 8 and 40 tokens: in two grids 2 x 4 and 2 x 40 cells, instead of 4 x 40."""
+    batch = pack(numbered((3, 2, 38), (3, 2, 6)), [0, 1], grids=2)
+    assert [tuple(grid.shape) for grid in batch.grids] == [(2, 4), (2, 40)]
 
 
-def test_a_model_computes_the_same_on_a_flat_batch_as_on_each_row_alone():
+@pytest.mark.parametrize("grids", [1, 3])
+def test_a_model_computes_the_same_on_a_packed_batch_as_on_each_row_alone(grids):
     torch.manual_seed(0)
-    model = GPT2(GPT2Config(2, 2, 8, 32, 60, 16)).requires_grad_(False)
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=8, n_positions=32, vocab_size=60, n_inner=16)
+    model = GPT2(config).requires_grad_(False)
     rng = np.random.default_rng(0)
-    pairs = [TokenPair(*(rng.integers(60, size=n) for n in lengths))
-             for lengths in ((3, 5, 2), (7, 1, 9), (1, 4, 4))]
-    batch = flatten(pairs, np.arange(3))
-    attend = partial(in_rows, rows=batch.rows, back=batch.back)
-    logits = model(batch.tokens, batch.positions, attend, batch.predicts)
+    pairs = []
+    for lengths in ((3, 5, 2), (7, 1, 9), (1, 4, 4)):
+        pairs.append(TokenPair(*[rng.integers(60, size=length) for length in lengths]))
+    batch = pack(pairs, np.arange(3), grids=grids)
+    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.grids, batch.cells)
+    logits = model.logits(hidden[batch.predicts])
+
     alone = []
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         for pair in pairs:
             row = torch.from_numpy(np.append(pair.prompt, getattr(pair, side)[:-1]))
             alone.append(model(row[None])[0, len(pair.prompt) - 1:])
     torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-5, atol=1e-6)
 
 
+TABLE = torch.tensor([[-10.0, -11.0, -12.0],   # of the chosen responses of pairs 0, 1 and 2
+                      [-20.0, -21.0, -22.0]])  # of the rejected ones
+
+
+def test_a_batch_has_its_own_pairs_reference_chosen_first():
+    batch = pack(WORKED, [2, 0], TABLE)
+    assert batch.reference.tolist() == [-12.0, -10.0, -22.0, -20.0]
+    batch = pack(WORKED, np.array([1, 2]), TABLE)
+    assert batch.reference.tolist() == [-11.0, -12.0, -21.0, -22.0]
+
+
+@pytest.mark.parametrize(("side", "reference"), [("chosen", [-12.0, -10.0]),
+                                                 ("rejected", [-22.0, -20.0])])
+def test_a_batch_of_one_side_has_that_sides_reference(side, reference):
+    assert pack(WORKED, [2, 0], TABLE, sides=(side,)).reference.tolist() == reference
+
+
+def test_a_reference_that_was_not_asked_is_nan():
+    """So a loss that reads it shows at once."""
+    reference = pack(WORKED, [2, 0]).reference
+    assert reference.shape == (4,)
+    assert reference.isnan().all()
+    assert pack(WORKED, [2, 0], sides=("chosen",)).reference.isnan().tolist() == [True, True]
+
+
 def test_a_batch_moves_with_all_its_parts():
-    batch = flatten(WORKED, np.array([7, 3])).to("meta")
-    assert all(rows.is_meta for rows in batch.rows)
-    assert all(t.is_meta for t in batch._asdict().values() if t is not batch.rows)
+    batch = pack(WORKED, [7, 3], grids=2).to("meta")
+    assert len(batch.grids) == 2
+    for tensor in [*batch.grids, *batch._replace(grids=batch.tokens)]:
+        assert tensor.is_meta
+
+
+def test_a_batch_moves_by_plain_copies_that_wait(monkeypatch):
+    """From unpinned memory, non_blocking=True silently gave wrong numbers on Apple GPUs."""
+    batch = pack(WORKED, [7, 3], grids=2)
+    calls = []
+
+    def record(tensor, *args, **kwargs):
+        calls.append((args, kwargs))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    batch.to("cpu")
+    assert calls == [(("cpu",), {})] * 11  # nine fields of one tensor, and two grids
 
 
 # Batches
 
-EIGHT = numbered(*[(2, n % 3 + 1, 2) for n in range(8)])
+EIGHT = numbered(*[(2, n % 3 + 1, 2) for n in range(8)])  # 5, 6, 7, 5, 6, 7, 5 and 6 tokens
+EQUAL = numbered(*[(2, 2, 2)] * 8)  # so that the order by length is the order of the shuffle
 
 
-def orders(pairs: list[TokenPair], *args, **kwargs) -> list[list[list[int]]]:
-    return [[part.pairs.tolist() for part in parts] for parts in batches(pairs, *args, **kwargs)]
+def numbers_of(micro_batches: list[data.Batch]) -> list[list[int]]:
+    return [batch.pairs.tolist() for batch in micro_batches]
 
 
-@pytest.mark.parametrize(("seed", "epoch", "order"), [
-    (0, 0, [[[3, 2, 1]], [[6, 0, 7]], [[4, 5]]]),
-    (0, 1, [[[7, 4, 5]], [[1, 6, 2]], [[0, 3]]]),
-    (1, 0, [[[2, 4, 7]], [[5, 0, 6]], [[3, 1]]]),
+def updates(count: int, *args, **kwargs) -> list[list[list[int]]]:
+    """The pairs' numbers in the micro-batches of the first `count` updates."""
+    return [numbers_of(micro_batches) for micro_batches in islice(batches(*args, **kwargs), count)]
+
+
+@pytest.mark.parametrize(("seed", "order"), [
+    (0, [[[3, 2, 1]], [[6, 0, 7]], [[4, 5]],    # the first epoch; its last update is short
+         [[7, 4, 5]], [[1, 6, 2]], [[0, 3]]]),  # the second
+    (1, [[[2, 4, 7]], [[5, 0, 6]], [[3, 1]]]),
 ])
-def test_the_order_follows_from_seed_and_epoch_on_every_machine(seed, epoch, order):
-    """The last batch is short, not dropped. Global generators neither matter nor move."""
+def test_the_order_follows_from_seed_and_epoch_on_every_machine(seed, order):
+    """The last update is short, not dropped. Global generators neither matter nor move."""
     np.random.seed(5)
     before = np.random.get_state()[1].tolist()
-    assert orders(EIGHT, 3, seed, epoch) == order
+    assert updates(len(order), EQUAL, batch_pairs=3, micro_pairs=3, seed=seed) == order
     assert np.random.get_state()[1].tolist() == before
 
 
-def test_without_a_seed_pairs_come_by_length():
+def test_a_resumed_run_goes_on_with_the_same_updates():
+    whole = updates(9, EIGHT, batch_pairs=3, micro_pairs=2, seed=0)
+    for start in range(9):
+        rest = updates(9 - start, EIGHT, batch_pairs=3, micro_pairs=2, seed=0, start=start)
+        assert rest == whole[start:]
+
+
+def test_passes_without_updates_go_by_length():
     pairs = numbered((2, 2, 3), (1, 1, 1), (9, 1, 1), (1, 3, 3), (1, 1, 2))
-    assert orders(pairs, 2, None) == [[[1, 4]], [[0, 3]], [[2]]]  # 3, 4, 7, 7 and 11 tokens
+    found = numbers_of(by_length(pairs, 2))
+    assert found == [[1, 4], [0, 3], [2]]  # 3, 4, 7, 7 and 11 tokens
 
 
-def test_processes_share_a_batch_and_the_last_of_them_may_have_none():
-    """Five pairs in batches of four, three processes: shares of 2, 1, 1 and 1, 0, 0."""
-    order = joined(part for part, in orders(EIGHT[:5], 4, 0))
-    shares = [orders(EIGHT[:5], 4, 0, rank=rank, world=3) for rank in range(3)]
-    assert shares == [[[[order[0], order[3]]], [[order[4]]]], [[[order[1]]], [[]]],
-                      [[[order[2]]], [[]]]]
-    empty = list(batches(EIGHT[:5], 4, 0, rank=2, world=3))[1][0]
-    assert len(empty.tokens) == len(empty.targets) == len(empty.lengths) == 0
-    check(empty, EIGHT, ("chosen", "rejected"))
-    model = GPT2(GPT2Config(1, 1, 4, 8, 9, 4))  # which an empty batch goes through
-    attend = partial(in_rows, rows=empty.rows, back=empty.back)
-    assert model(empty.tokens, empty.positions, attend, empty.predicts
-                 ).shape == (0, 9)
+def test_an_updates_pairs_are_sorted_by_length_before_they_are_cut_into_micro_batches():
+    """The shuffle of seed 0 is 3, 2, 1, 6, 0, 7, 4, 5. The first seven of these have 5, 7, 6, 5, 5,
+    6 and 6 tokens."""
+    found = updates(2, EIGHT, batch_pairs=7, micro_pairs=3, seed=0)
+    assert found == [[[3, 6, 0], [1, 7, 4], [2]], [[5]]]
 
 
-def test_micro_batches_cut_a_share_in_order():
-    whole = [part for part, in orders(EIGHT, 7, 0)]
-    assert orders(EIGHT, 7, 0, micro_pairs=3) == [[whole[0][:3], whole[0][3:6], whole[0][6:]],
-                                                  [whole[1]]]
-    assert orders(EIGHT, 6, 0, micro_pairs=3)[0] == [whole[0][:3], whole[0][3:6]]  # none is empty
+def test_no_micro_batch_is_empty():
+    found = updates(1, EQUAL, batch_pairs=6, micro_pairs=3, seed=0)
+    assert found == [[[3, 2, 1], [6, 0, 7]]]
 
 
 def test_no_pairs_give_no_batches():
-    assert orders([], 4, 0) == orders([], 4, None) == []
+    assert list(by_length([], 4)) == []
 
 
-@given(lengths, st.integers(1, 5), st.integers(0, 3), st.integers(0, 3), st.integers(1, 4),
-       st.integers(0, 3), some_sides)
+def test_micro_batches_bring_their_own_pairs_reference():
+    table = torch.arange(16.0).view(2, 8)  # pair n: n for its chosen response, 8 + n for the other
+    passes = list(by_length(EIGHT, 3, table))
+    [update] = islice(batches(EIGHT, 8, 3, seed=0, reference=table), 1)
+    for batch in passes + update:
+        assert batch.reference.tolist() == batch.pairs.tolist() + (batch.pairs + 8).tolist()
+
+
+@given(lengths, st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 9),
+       some_sides, st.integers(1, 3))
 @settings(max_examples=100)
-def test_each_pair_comes_once_an_epoch_whoever_shares_it(lengths, size, seed, start, world, micro,
-                                                         sides):
+def test_each_pair_comes_once_an_epoch(lengths, batch_pairs, micro_pairs, seed, start, sides,
+                                       grids):
     pairs = numbered(*lengths)
-    whole = [part for part, in orders(pairs, size, seed)]
-    assert sorted(joined(whole)) == list(range(len(pairs)))
-    assert [len(batch) for batch in whole[:-1]] == [size] * len(whole[:-1])
-    shares = [list(batches(pairs, size, seed, start=start, rank=rank, world=world,
-                           micro_pairs=micro, sides=sides)) for rank in range(world)]
-    assert all(len(share) == len(whole[start:]) for share in shares)  # all make the same steps
-    for batch, *parts in zip(whole[start:], *shares, strict=True):
-        mine = [[n for part in share for n in part.pairs.tolist()] for share in parts]
-        assert sorted(joined(mine)) == sorted(batch)
-        assert max(map(len, mine)) - min(map(len, mine)) <= 1
-        for part in joined(parts):
-            assert not micro or len(part.pairs) <= micro
-            check(part, pairs, sides)
+    per_epoch = math.ceil(len(pairs) / batch_pairs)
+    shapes = {"batch_pairs": batch_pairs, "micro_pairs": micro_pairs, "seed": seed}
+    whole = list(islice(batches(pairs, sides=sides, grids=grids, **shapes), 2 * per_epoch))
+
+    pair_tokens = [sum(map(len, pair)) for pair in pairs]
+    held = []  # the pairs of each update
+    for micro_batches in whole:
+        for batch in micro_batches:
+            check(batch, pairs, sides)
+            assert len(batch.grids) == min(grids, len(sides) * len(batch.pairs))
+        sizes = [len(batch.pairs) for batch in micro_batches]
+        assert sizes[:-1] == [micro_pairs] * (len(sizes) - 1)
+        assert 1 <= sizes[-1] <= micro_pairs
+        numbers = joined(numbers_of(micro_batches))
+        assert numbers == sorted(numbers, key=lambda number: pair_tokens[number])
+        held.append(numbers)
+
+    for epoch in (held[:per_epoch], held[per_epoch:]):
+        assert sorted(joined(epoch)) == list(range(len(pairs)))
+        assert [len(numbers) for numbers in epoch[:-1]] == [batch_pairs] * (per_epoch - 1)
+
+    start = min(start, len(whole) - 1)
+    resumed = updates(1, pairs, start=start, **shapes)
+    assert resumed == [numbers_of(whole[start])]
 
 
 # Progress
@@ -519,28 +735,28 @@ def clock(monkeypatch):
     monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
 
 
-def test_a_log_gets_a_line_each_tenth(capsys, clock):
-    assert list(data.track(range(40), "tokens", 40, "pairs")) == list(range(40))
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[1] for line in lines] == [
-        f"{n}/40 pairs" for n in (1, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40)]
-    assert lines[5] == "tokens  50% | 20/40 pairs | 1 pairs/s | 20s left"
-    assert lines[-1] == "tokens 100% | 40/40 pairs | 1 pairs/s | 0s left"
+def test_a_line_comes_every_five_seconds_and_at_the_end(capsys, clock):
+    assert list(data.track(range(20), "tokenize", 20, "pairs")) == list(range(20))
+    assert capsys.readouterr().out.splitlines() == [
+        "tokenize  25% | 5/20 pairs | 1 pairs/s | 15 s left",
+        "tokenize  50% | 10/20 pairs | 1 pairs/s | 10 s left",
+        "tokenize  75% | 15/20 pairs | 1 pairs/s | 5 s left",
+        "tokenize 100% | 20/20 pairs | 1 pairs/s | 0 s left"]
+
+
+def test_a_line_comes_at_the_end_of_short_work(capsys, clock):
+    assert list(data.track("abc", "tokenize", 3, "pairs")) == ["a", "b", "c"]
+    assert list(data.track("", "tokenize", 0, "pairs")) == []
+    assert capsys.readouterr().out == "tokenize 100% | 3/3 pairs | 1 pairs/s | 0 s left\n"
 
 
 def test_what_was_done_before_counts_for_the_share_and_not_for_the_rate(capsys, clock):
-    """600 of 1,000 bytes were there; 100 a second came."""
-    parts = [bytes(100)] * 4
-    assert list(data.track(parts, "file", 1000, "bytes", len, 600)) == parts
+    """400 of 1,000 bytes were there; 50 a second came."""
+    answer = SimpleNamespace(iter_content=lambda size: [bytes(50)] * 12)
+    file = io.BytesIO()
+    data.append(answer, file, "file", done=400, size=1000)
+    assert file.getvalue() == bytes(600)
     assert capsys.readouterr().out.splitlines() == [
-        "file  70% | 700/1,000 bytes | 100 bytes/s | 3s left",
-        "file  80% | 800/1,000 bytes | 100 bytes/s | 2s left",
-        "file  90% | 900/1,000 bytes | 100 bytes/s | 1s left",
-        "file 100% | 1,000/1,000 bytes | 100 bytes/s | 0s left"]
-
-
-def test_a_terminal_gets_one_line_rewritten_in_place(capsys, clock, monkeypatch):
-    monkeypatch.setattr(data.sys.stdout, "isatty", lambda: True)
-    list(data.track(range(3), "tokens", 3, "pairs"))
-    out = capsys.readouterr().out
-    assert out.count("\r\033[K") == 3 and out.count("\n") == 1 and out.endswith("0s left\n")
+        "file  65% | 650/1,000 bytes | 50 bytes/s | 7 s left",
+        "file  90% | 900/1,000 bytes | 50 bytes/s | 2 s left",
+        "file 100% | 1,000/1,000 bytes | 50 bytes/s | 0 s left"]

@@ -10,22 +10,32 @@ import hashlib
 import json
 import os
 import random
+import re
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data
-from data import download
+from data import download, lock
 from model import GPT2, GPT2Config, save_pretrained
 
 K = 2**14  # bytes that download takes at a time: a break costs up to as many
 BODY = random.Random(0).randbytes(10 * K)  # 163,840
+DAMAGED = BODY[:-1] + bytes([BODY[-1] ^ 1])  # of the same size
 NAME = "/a/model/resolve/main/weights.bin"
-COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # of gpt2
+HH_COMMIT = "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"  # of hh-rlhf
+
+
+def sha256_of(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
 
 
 class Host(BaseHTTPRequestHandler):
@@ -68,47 +78,69 @@ class Hub(Host):
             blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
             self.send(200, {"ETag": f'"{blob}"', "X-Repo-Commit": COMMIT}, body)
         elif path in world.large:
-            body, world.signed = world.large[path], world.signed + 1
-            linked = {"X-Linked-Size": len(body), "X-Repo-Commit": COMMIT,
-                      "X-Linked-Etag": f'"{hashlib.sha256(body).hexdigest()}"'}
-            self.send(302, {"Location": f"{world.store}{path}?Signature={world.signed}"} |
-                      (linked if world.linked else {}), b"Found. Redirecting")
+            world.signed += 1
+            headers = {"Location": f"{world.store}{path}?Signature={world.signed}"}
+            if world.linked:
+                body = world.large[path]
+                headers["X-Linked-Size"] = len(body)
+                headers["X-Linked-Etag"] = f'"{sha256_of(body)}"'
+                headers["X-Repo-Commit"] = COMMIT
+            self.send(302, headers, b"Found. Redirecting")
         else:
             self.send(404, {"X-Error-Code": "EntryNotFound"}, b"Entry not found")
 
 
 class Store(Host):
     def answer(self, path: str):
-        world, body, start = self.world, self.world.stored.get(path, self.world.large[path]), 0
+        world = self.world
+        body = world.stored.get(path, world.large[path])
+        start = 0
         if not self.path.endswith(f"?Signature={world.signed}"):
-            return self.send(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
+            self.send(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
+            return
         if self.headers["Range"] and world.ranges:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            if start >= len(body):
-                told = {"Content-Range": f"bytes */{len(body)}"} if world.ranges != "S3" else {}
-                return self.send(416, told, b"<Error><Code>InvalidRange</Code></Error>")
-        span = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
+        if start > 0 and start >= len(body):
+            headers = {} if world.ranges == "S3" else {"Content-Range": f"bytes */{len(body)}"}
+            self.send(416, headers, b"<Error><Code>InvalidRange</Code></Error>")
+            return
         part = world.drops.pop(0) if world.drops else None
-        return self.send(206 if start else 200, {"ETag": '"00ff"'} | span, body[start:], part)
+        headers = {"ETag": '"00ff"'}
+        if start > 0:
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        self.send(206 if start > 0 else 200, headers, body[start:], part)
 
 
 class World:
     """A hub and its store; the attributes say how they behave."""
     def __init__(self):
-        self.large, self.small, self.moved, self.stored = {NAME: BODY}, {}, {}, {}
-        self.linked, self.ranges, self.drops, self.signed = True, True, [], 0
-        self.waits, self.watch, self.now = [], lambda: None, 1_800_000_000.0
+        self.large = {NAME: BODY}    # what the hub has, by path
+        self.small = {}              # what the hub sends itself
+        self.moved = {}              # where the hub sends one on
+        self.stored = {}             # what the store has instead
+        self.linked = True           # does the redirect tell size and hash?
+        self.ranges = True           # does the store know ranges? "S3": without a size in its 416
+        self.drops = []              # after how many bytes the store's next answers break off
+        self.signed = 0              # the last signature that the hub gave out
+        self.waits = []              # the seconds that download wanted to sleep
+        self.watch = lambda: None    # called at each of these waits
+        self.now = 1_800_000_000.0   # 15 January 2027, 08:00:00
+
         self.notes = {"Hub": ([], []), "Store": ([], [])}
-        self.servers = []
-        for kind in (Hub, Store):
-            kind = type(kind.__name__, (kind,), {"world": self})
-            self.servers.append(ThreadingHTTPServer(("127.0.0.1", 0), kind))
-            threading.Thread(target=self.servers[-1].serve_forever, args=(0.01,), daemon=True
-                             ).start()
-        self.hub, self.store = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
         self.hub_asked, self.hub_faults = self.notes["Hub"]
         self.store_asked, self.store_faults = self.notes["Store"]
+        self.servers = []
+        self.hub = self.serve(Hub)
+        self.store = self.serve(Store)
         self.url = self.hub + NAME
+
+    def serve(self, kind: type[Host]) -> str:
+        """The address where such a host now answers."""
+        kind = type(kind.__name__, (kind,), {"world": self})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+        self.servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
 
     def wait(self, seconds: float) -> None:
         self.waits.append(seconds)
@@ -174,7 +206,8 @@ def test_what_an_earlier_try_left_is_not_fetched_again(world, path, capsys):
 
 
 def test_a_dropped_connection_is_taken_up_where_it_broke(world, path):
-    seen, world.drops = [], [3 * K, 2 * K]
+    seen = []
+    world.drops = [3 * K, 2 * K]
     world.watch = lambda: seen.append(os.listdir(path.parent))
     assert only(download(world.url, path))
     assert world.ranges_asked() == [None, f"bytes={3 * K}-", f"bytes={5 * K}-"]
@@ -195,7 +228,8 @@ def test_a_server_that_ignores_ranges_is_not_appended(world, path, left):
 
 
 def test_a_break_at_a_server_that_ignores_ranges_starts_over_and_ends(world, path):
-    world.ranges, world.drops = False, [6 * K, 3 * K, 7 * K]
+    world.ranges = False
+    world.drops = [6 * K, 3 * K, 7 * K]
     assert only(download(world.url, path)) and world.waits == [2, 4, 2]
     path.unlink()
     world.drops = [6 * K] * 9
@@ -217,7 +251,8 @@ def test_a_part_that_already_is_whole_is_checked_and_renamed(world, path, ranges
 def test_a_part_of_another_file_is_thrown_away(world, path, left, linked, ranges):
     """By hash where the redirect tells it; a mirror that does not is caught by size alone."""
     leave(path, left)
-    world.linked, world.ranges = linked, ranges
+    world.linked = linked
+    world.ranges = ranges
     if not linked and len(left) <= len(BODY):
         left = BODY[:len(left)]
         path.with_name("weights.bin.part").write_bytes(left)
@@ -276,6 +311,21 @@ def test_a_busy_server_says_when_to_come_back(world, path, host, code, after, wa
     assert only(download(world.url, path)) and world.waits == [wait]
 
 
+@pytest.mark.parametrize(("after", "limit", "wait"), [
+    (None, '"resolvers";r=0;t=7', 7),  # as the hub says it
+    (None, '"resolvers"; r=0; t=7', 7),
+    (None, '"resolvers";r=0', 2),
+    ("3", '"resolvers";r=0;t=7', 3),
+    ("0", '"resolvers";r=0;t=7', 0),
+    ("Fri, 15 Jan 2027 08:00:30 GMT", '"resolvers";r=0;t=7', 30),
+    ("soon", '"resolvers";r=0;t=7', 7)])
+@pytest.mark.parametrize("host", ["Hub", "Store"])
+def test_the_hub_says_in_ratelimit_when_to_come_back_but_retry_after_wins(
+        world, path, host, after, limit, wait):
+    world.notes[host][1].append((429, {"RateLimit": limit, "Retry-After": after}, b"busy"))
+    assert only(download(world.url, path)) and world.waits == [wait]
+
+
 def test_waits_grow_until_the_tries_are_used_up(world, path):
     leave(path, BODY[:4 * K])
     world.store_faults += [(code, {}) for code in (500, 502, 503, 504, 408)]
@@ -295,15 +345,61 @@ def test_nobody_there_is_an_error_that_says_so(world, path):
 
 
 def test_wrong_content_is_an_error_and_never_gets_the_name(world, path):
-    world.stored[NAME] = BODY[:-1] + bytes([BODY[-1] ^ 1])
-    good, bad = (hashlib.sha256(b).hexdigest() for b in (BODY, world.stored[NAME]))
-    told = f"got 163,840 bytes with sha256 {bad}, expected 163,840 with {good}"
+    world.stored[NAME] = DAMAGED
+    told = (f"got 163,840 bytes with sha256 {sha256_of(DAMAGED)}, expected 163,840 with "
+            f"{sha256_of(BODY)}")
     with pytest.raises(OSError, match=told):
         download(world.url, path)
     assert not path.exists() and not world.waits
     assert path.with_name("weights.bin.part").read_bytes() == b""
     world.stored.clear()
     assert only(download(world.url, path))
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_the_hash_in_the_call_decides_whatever_the_hub_tells(world, path, linked):
+    """The hub tells the hash of BODY, or none. The call wants DAMAGED, of the same size."""
+    world.linked = linked
+    world.stored[NAME] = DAMAGED
+    assert only(download(world.url, path, sha256_of(DAMAGED)), DAMAGED)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+@pytest.mark.parametrize("left", [b"", BODY[:4 * K], BODY])
+def test_content_without_the_hash_in_the_call_is_an_error(world, path, linked, left):
+    """Although it is what the hub has; and wherever the first try began."""
+    leave(path, left)
+    world.linked = linked
+    wanted = sha256_of(DAMAGED)
+    told = f"with sha256 {sha256_of(BODY)}, expected 163,840 with {wanted}"
+    with pytest.raises(OSError, match=told):
+        download(world.url, path, sha256=wanted)
+    assert not path.exists()
+    assert path.with_name("weights.bin.part").read_bytes() == b""
+
+
+def test_a_small_file_is_checked_by_the_hash_in_the_call(world, path):
+    world.small[NAME] = b"{}"
+    with pytest.raises(OSError, match=f"expected 2 with {sha256_of(b'[]')}"):
+        download(world.url, path, sha256_of(b"[]"))
+    assert not path.exists() and not world.waits
+    assert only(download(world.url, path, sha256_of(b"{}")), b"{}")
+
+
+def test_a_hash_that_stands_on_a_later_hop_is_checked(world, path):
+    """A mirror may first answer with a redirect to itself that tells nothing of the file."""
+    old = "/model/resolve/main/weights.bin"
+    world.moved[old] = NAME  # a relative address
+    world.stored[NAME] = DAMAGED
+    with pytest.raises(OSError, match=f"expected 163,840 with {sha256_of(BODY)}"):
+        download(world.hub + old, path)
+    assert [n.path for n in world.hub_asked] == [old, NAME]
+    assert not path.exists() and not world.waits
+    world.stored[NAME] = BODY + b"more"
+    with pytest.raises(OSError, match=r"got 163,844 bytes .*expected 163,840 with"):
+        download(world.hub + old, path)
+    world.stored.clear()
+    assert only(download(world.hub + old, path))
 
 
 def test_content_of_another_size_is_an_error(world, path):
@@ -320,7 +416,8 @@ def test_content_of_another_size_is_an_error(world, path):
 
 
 def test_a_mirror_that_tells_nothing_is_checked_by_size(world, path):
-    world.linked, world.drops = False, [3 * K, 2 * K]
+    world.linked = False
+    world.drops = [3 * K, 2 * K]
     assert only(download(world.url, path))
     assert world.ranges_asked() == [None, f"bytes={3 * K}-", f"bytes={5 * K}-"]
 
@@ -380,7 +477,9 @@ def test_the_hub_is_where_the_environment_says(monkeypatch, endpoint, hub):
 @pytest.mark.skipif(data.fcntl is None, reason="needs a system with locks on files")
 def test_of_several_at_once_one_fetches_and_the_others_wait(world, path):
     """Threads here; a lock belongs to an open file, so processes are kept apart in the same way."""
-    others_wait, locked, flock = threading.Event(), [], data.fcntl.flock
+    others_wait = threading.Event()
+    locked = []
+    flock = data.fcntl.flock
 
     def slow(host):
         assert others_wait.wait(20)
@@ -407,7 +506,9 @@ def test_of_several_at_once_one_fetches_and_the_others_wait(world, path):
 
 @pytest.mark.skipif(data.fcntl is None, reason="needs a system with locks on files")
 def test_after_one_that_gave_up_the_next_goes_on(world, path):
-    results, flock = [], data.fcntl.flock
+    results = []
+    locks = []
+    flock = data.fcntl.flock
 
     def give_up_while_another_waits(host):
         thread = threading.Thread(target=lambda: results.append(download(world.url, path)))
@@ -416,10 +517,12 @@ def test_after_one_that_gave_up_the_next_goes_on(world, path):
             time.sleep(0.001)
         host.send(404, {})
 
-    locks = []
+    def count(file, how):
+        locks.append(file)
+        flock(file, how)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "fcntl", SimpleNamespace(
-            flock=lambda *args: (locks.append(1), flock(*args)), LOCK_EX=data.fcntl.LOCK_EX))
+        patch.setattr(data, "fcntl", SimpleNamespace(flock=count, LOCK_EX=data.fcntl.LOCK_EX))
         world.drops = [3 * K]
         world.hub_faults += [None, give_up_while_another_waits]
         with pytest.raises(OSError, match="404"):
@@ -431,25 +534,70 @@ def test_after_one_that_gave_up_the_next_goes_on(world, path):
     assert only(path) and world.ranges_asked() == [None, f"bytes={3 * K}-"]
 
 
-@pytest.mark.parametrize("locks", [None, SimpleNamespace(LOCK_EX=2)])
+def no_locks(file, how):
+    raise OSError(95, "Operation not supported")
+
+
+# Windows, and a file system that knows no locks
+WITHOUT_LOCKS = [None, SimpleNamespace(flock=no_locks, LOCK_EX=2, LOCK_NB=4)]
+
+
+@pytest.mark.parametrize("locks", WITHOUT_LOCKS)
 def test_a_system_without_locks_downloads_too(world, path, monkeypatch, locks):
-    """None: Windows. Else a file system that knows no locks."""
-    if locks:
-        def flock(file, how):
-            raise OSError(95, "Operation not supported")
-        locks.flock = flock
     monkeypatch.setattr(data, "fcntl", locks)
     world.drops = [3 * K]
     assert only(download(world.url, path))
 
 
+@pytest.mark.skipif(data.fcntl is None, reason="needs a system with locks on files")
+def test_a_lock_keeps_others_out_until_its_file_is_closed(tmp_path):
+    with open(tmp_path / "lock", "ab") as first, open(tmp_path / "lock", "ab") as second:
+        assert lock(first, wait=False) is True
+        assert lock(second, wait=False) is False
+        first.close()
+        assert lock(second, wait=False) is True
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(data.fcntl is None, reason="needs a system with locks on files")
+def test_a_lock_of_another_process_ends_with_it(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "lock")]
+    with open(tmp_path / "lock", "ab") as file:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout.readline() == b"locked\n"
+            assert lock(file, wait=False) is False
+            other.kill()
+        assert lock(file) is True
+
+
+@pytest.mark.parametrize("locks", WITHOUT_LOCKS)
+@pytest.mark.parametrize("wait", [True, False])
+def test_where_there_are_no_locks_each_gets_one(tmp_path, monkeypatch, locks, wait):
+    monkeypatch.setattr(data, "fcntl", locks)
+    with open(tmp_path / "lock", "ab") as first, open(tmp_path / "lock", "ab") as second:
+        assert lock(first, wait) is True
+        assert lock(second, wait) is True
+
+
+# The pinned files
+
 def test_a_model_is_fetched_and_loaded_by_its_name(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SHA256", {})  # this is another model
     torch.manual_seed(0)
-    model = GPT2(GPT2Config(1, 2, 8, 16, 50, 12)).requires_grad_(False)
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=50, n_inner=12)
+    model = GPT2(config).requires_grad_(False)
     save_pretrained(model, tmp_path / "saved")
-    at = "/openai-community/gpt2/resolve/main"
-    world.small[f"{at}/config.json"] = (tmp_path / "saved" / "config.json").read_bytes()
+    at = f"/openai-community/gpt2/resolve/{COMMIT}"
+    world.small[f"{at}/config.json"] = (tmp_path / "saved/config.json").read_bytes()
     world.large[f"{at}/model.safetensors"] = (tmp_path / "saved/model.safetensors").read_bytes()
     folder = data.fetch_model("gpt2")
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
@@ -457,15 +605,84 @@ def test_a_model_is_fetched_and_loaded_by_its_name(world, tmp_path, monkeypatch)
     assert torch.equal(GPT2.from_pretrained("gpt2")(tokens), model(tokens))
 
 
-def test_pairs_are_fetched_and_read(world, tmp_path):
+def test_pairs_are_fetched_and_read(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHA256", {})  # these are other pairs
     subsets = ["harmless-base", "helpful-base"]
     for number, subset in enumerate(subsets):
         row = {"chosen": f"\n\nHuman: {number}\n\nAssistant: Yes.",
                "rejected": f"\n\nHuman: {number}\n\nAssistant: No."}
-        world.large[f"/datasets/Anthropic/hh-rlhf/resolve/main/{subset}/test.jsonl.gz"] = (
-            gzip.compress(json.dumps(row).encode() + b"\n"))
+        name = f"/datasets/Anthropic/hh-rlhf/resolve/{HH_COMMIT}/{subset}/test.jsonl.gz"
+        world.large[name] = gzip.compress(json.dumps(row).encode() + b"\n")
     files = data.fetch_hh(tmp_path / "hh", subsets, "test")
     assert files == [tmp_path / "hh" / subset / "test.jsonl.gz" for subset in subsets]
-    assert [data.read_pairs(file)[0][0].prompt for file in files] == [
-        "\n\nHuman: 0\n\nAssistant:", "\n\nHuman: 1\n\nAssistant:"]
+    prompts = [data.read_pairs(file)[0][0].prompt for file in files]
+    assert prompts == ["\n\nHuman: 0\n\nAssistant:", "\n\nHuman: 1\n\nAssistant:"]
     assert set(subsets) < set(data.SUBSETS)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What download is called with, instead of downloads: (url, path, sha256)."""
+    calls = []
+
+    def record(url, path, sha256=""):
+        calls.append((url, path, sha256))
+        return path
+
+    monkeypatch.setattr(data, "download", record)
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub")
+    return calls
+
+
+def test_gpt2_is_asked_for_by_its_commit_and_hash(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    at = "http://hub/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e"
+    folder = data.fetch_model("gpt2")
+    assert folder == Path("models/gpt2")
+    assert asked == [
+        (f"{at}/config.json", folder / "config.json", ""),
+        (f"{at}/model.safetensors", folder / "model.safetensors",
+         "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707")]
+
+
+def test_pairs_are_asked_for_by_their_commit_and_hash(asked):
+    at = "http://hub/datasets/Anthropic/hh-rlhf/resolve/09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
+    files = data.fetch_hh("hh", ["helpful-base", "harmless-base"], "train")
+    assert files == [Path("hh/helpful-base/train.jsonl.gz"),
+                     Path("hh/harmless-base/train.jsonl.gz")]
+    assert asked == [
+        (f"{at}/helpful-base/train.jsonl.gz", files[0],
+         "518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4"),
+        (f"{at}/harmless-base/train.jsonl.gz", files[1],
+         data.SHA256.get("harmless-base/train.jsonl.gz", ""))]
+
+
+def test_each_hash_that_we_know_is_asked_for(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in data.MODELS:
+        data.fetch_model(name)
+    for split_name in ("train", "test"):
+        data.fetch_hh("hh", data.SUBSETS, split_name)
+    hashes = {sha256 for url, path, sha256 in asked} - {""}
+    assert hashes == set(data.SHA256.values())
+    assert len(hashes) == len(data.SHA256)
+    assert all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in hashes)
+
+
+def test_a_file_without_the_pinned_hash_is_refused(world, tmp_path, monkeypatch):
+    """Although the hub itself tells the hash of what it sends."""
+    monkeypatch.chdir(tmp_path)
+    at = f"/openai-community/gpt2/resolve/{COMMIT}"
+    world.small[f"{at}/config.json"] = b"{}"
+    world.large[f"{at}/model.safetensors"] = BODY
+    with pytest.raises(OSError, match=r"expected 163,840 with 248dfc3911869ec493c7"):
+        data.fetch_model("gpt2")
+    assert not Path("models/gpt2/model.safetensors").exists()
+
+
+def test_what_is_no_name_of_a_model_or_exists_is_not_asked_for(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("gpt2-large").mkdir()
+    for name in ("gpt2-large", "runs/mine", "gpt3"):
+        assert data.fetch_model(name) == Path(name)
+    assert asked == []

@@ -105,11 +105,15 @@ def test_a_worked_win_rate():
     assert rate["letter A"] == (3 + 8 + 1 + 2) / (6 + 8 + 2 + 2)
 
 
-def test_without_ties_the_interval_is_wilsons():
-    """8 of 10: 0.490 to 0.943, as in any table of Wilson's interval; 10 of 10: 0.722 to 1."""
-    for wins, low, high in ((8, 0.4902, 0.9433), (10, 0.7225, 1.0)):
-        rate = win_rate(verdicts(win=wins, loss=10 - wins))
-        assert (rate["low"], rate["high"]) == pytest.approx((low, high), abs=1e-4)
+@pytest.mark.parametrize(("counts", "low", "high"), [
+    ({"win": 8, "loss": 2}, 0.4902, 0.9433),  # 8 of 10, as in any table of Wilson's interval
+    ({"win": 10}, 0.7225, 1.0),
+    ({"win": 7, "flip": 1, "tie": 1, "loss": 1}, 0.4902, 0.9433),  # 7 + 1/2 + 1/2 of 10
+    ({"win": 8, "loss": 2, "invalid": 5}, 0.4902, 0.9433),  # only valid pairs count
+])
+def test_the_interval_is_wilsons_for_the_mean_score_of_the_valid_pairs(counts, low, high):
+    rate = win_rate(verdicts(**counts))
+    assert (rate["low"], rate["high"]) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_a_judge_that_never_answered_yields_no_number():
@@ -119,16 +123,30 @@ def test_a_judge_that_never_answered_yields_no_number():
         assert [rate[k] for k in numbers] == [None] * 7
 
 
-@pytest.mark.parametrize("truth", [
-    (0.5, 0, 0.5), (0.3, 0.3, 0.4), (0.6, 0.2, 0.2), (0.1, 0.8, 0.1), (0.05, 0.15, 0.8)])
-def test_the_interval_covers_the_true_rate_in_92_to_97_percent(truth):
-    """2,000 judges with known chances of win, flip and loss, 100 pairs each."""
-    counts, seen = np.random.default_rng(0).multinomial(100, truth, 2000), {}
+def coverage(truth):
+    """How often the interval holds the true rate: 2,000 judges with known chances of win, flip and
+    loss, 100 pairs each.
+    """
+    true_rate = truth[0] + truth[1] / 2
+    counts = np.random.default_rng(0).multinomial(100, truth, 2000)
+    covered = {}
     for count in map(tuple, counts):
-        if count not in seen:
+        if count not in covered:
             rate = win_rate(verdicts(*count))
-            seen[count] = rate["low"] <= truth[0] + truth[1] / 2 <= rate["high"]
-    assert 0.92 <= np.mean([seen[tuple(count)] for count in counts]) <= 0.97
+            covered[count] = rate["low"] <= true_rate <= rate["high"]
+    return np.mean([covered[tuple(count)] for count in counts])
+
+
+@pytest.mark.parametrize("truth", [(0.5, 0, 0.5), (0.3, 0, 0.7), (0.8, 0, 0.2), (0.05, 0, 0.95)])
+def test_without_flips_the_interval_covers_the_true_rate_in_92_to_98_percent(truth):
+    assert 0.92 <= coverage(truth) <= 0.98
+
+
+@pytest.mark.parametrize("truth", [
+    (0.3, 0.3, 0.4), (0.6, 0.2, 0.2), (0.1, 0.8, 0.1), (0.05, 0.15, 0.8)])
+def test_with_flips_the_interval_is_wider_and_covers_it_in_at_least_92_percent(truth):
+    """Scores of 1/2 vary less than 0 and 1 do."""
+    assert coverage(truth) >= 0.92
 
 
 def test_what_answers_show():
@@ -247,7 +265,8 @@ def run(tmp_path, weights, load, monkeypatch):
                "subsets": "helpful-base", "demo": False, "max_prompt_tokens": 20, "val_share": 0.1}
 
     def write(**more):
-        (out / "config.json").write_text(json.dumps({"options": options | more, "versions": {}}))
+        (out / "config.json").write_text(json.dumps(
+            {"format": 2, "options": options | more, "audit": {}, "versions": {}}))
     write()
 
     def judge_run(url, *argv):
@@ -580,9 +599,13 @@ def test_bad_options_and_folders_are_one_line_and_no_traceback(run, server, caps
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error  ")
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
-    """A model's folder has a config.json too, without options; a demo's bytes can't be judged."""
-    for text in ('{"model_type": "gpt2"}', '{"options": {"demo": true}}'):
-        (tmp_path / "config.json").write_text(text)
-        assert judge.main([str(tmp_path)]) == 2
-        assert f"{tmp_path} is no run of train.py" in capsys.readouterr().err
+@pytest.mark.parametrize(("config", "told"), [
+    ({"model_type": "gpt2"}, "not of a run of train.py"),  # a model's folder has that file, too
+    ({"options": {"demo": False}, "versions": {}}, "another edition of this code (format 1)"),
+    ({"format": 2, "options": {"demo": True}}, "a --demo"),  # a demo's bytes can't be judged
+])
+def test_a_folder_that_is_no_run_to_judge_is_refused_in_one_line(tmp_path, capsys, config, told):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert judge.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error  {tmp_path}") and told in error and error.count("\n") == 1

@@ -5,6 +5,8 @@ kernels as (in, out), no head, no prefix. Every bias and every LayerNorm differs
 so that none can be forgotten unseen.
 """
 
+import errno
+import io
 import itertools
 import json
 import math
@@ -14,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,16 @@ from safetensors.torch import load_file, save_file
 
 import model as model_file
 from dpo import dpo_loss
-from model import GPT2, GPT2Config, add_adapters, generate, in_rows, merge_adapters, save_pretrained
+from model import (
+    GPT2,
+    GPT2Config,
+    MLPWithAdapter,
+    add_adapters,
+    generate,
+    merge_adapters,
+    save_pretrained,
+    strongest_neurons,
+)
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 61}
 SIZES = {"gpt2": (12, 12), "gpt2-medium": (24, 16), "gpt2-large": (36, 20), "gpt2-xl": (48, 25)}
@@ -36,25 +46,44 @@ PROMPTS = [[5, 17, 60, 2], [9], [33, 8, 8, 1, 40, 12, 7], [3, 3], [58, 21, 4]]
 
 def published(config: dict, seed: int = 3) -> dict[str, torch.Tensor]:
     """Random weights under OpenAI's names and shapes; logits spread over several nats."""
-    c, inner = config["n_embd"], config.get("n_inner") or 4 * config["n_embd"]
-    block = {"ln_1.weight": (c,), "ln_1.bias": (c,), "ln_2.weight": (c,), "ln_2.bias": (c,),
-             "attn.c_attn.weight": (c, 3 * c), "attn.c_attn.bias": (3 * c,),
-             "attn.c_proj.weight": (c, c), "attn.c_proj.bias": (c,),
-             "mlp.c_fc.weight": (c, inner), "mlp.c_fc.bias": (inner,),
-             "mlp.c_proj.weight": (inner, c), "mlp.c_proj.bias": (c,)}
-    shapes = {"wte.weight": (config["vocab_size"], c), "wpe.weight": (config["n_positions"], c)}
+    width = config["n_embd"]
+    inner = config.get("n_inner") or 4 * width
+    shapes = {
+        "wte.weight": (config["vocab_size"], width),
+        "wpe.weight": (config["n_positions"], width),
+    }
     for layer in range(config["n_layer"]):
-        shapes |= {f"h.{layer}.{name}": shape for name, shape in block.items()}
-    shapes |= {"ln_f.weight": (c,), "ln_f.bias": (c,)}
-    generator, tensors = torch.Generator().manual_seed(seed), {}
+        shapes |= {
+            f"h.{layer}.ln_1.weight": (width,),
+            f"h.{layer}.ln_1.bias": (width,),
+            f"h.{layer}.ln_2.weight": (width,),
+            f"h.{layer}.ln_2.bias": (width,),
+            f"h.{layer}.attn.c_attn.weight": (width, 3 * width),
+            f"h.{layer}.attn.c_attn.bias": (3 * width,),
+            f"h.{layer}.attn.c_proj.weight": (width, width),
+            f"h.{layer}.attn.c_proj.bias": (width,),
+            f"h.{layer}.mlp.c_fc.weight": (width, inner),
+            f"h.{layer}.mlp.c_fc.bias": (inner,),
+            f"h.{layer}.mlp.c_proj.weight": (inner, width),
+            f"h.{layer}.mlp.c_proj.bias": (width,),
+        }
+    shapes["ln_f.weight"] = (width,)
+    shapes["ln_f.bias"] = (width,)
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)
         if name.endswith(KERNELS):
             tensors[name] = noise / math.sqrt(shape[0])
         elif name in ("wte.weight", "wpe.weight"):
             tensors[name] = 0.02 * noise  # as small as GPT-2's: LayerNorm's epsilon counts
+        elif name == "ln_f.weight":
+            tensors[name] = 0.2 * noise + 40
+        elif name.endswith("weight"):
+            tensors[name] = 0.2 * noise + 1
         else:
-            tensors[name] = 0.2 * noise + (40 if name == "ln_f.weight" else name.endswith("weight"))
+            tensors[name] = 0.2 * noise
     return tensors
 
 
@@ -62,7 +91,10 @@ def write(folder: Path, tensors: dict, config: dict, file: str = "model.safetens
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **config}
     (folder / "config.json").write_text(json.dumps(settings))
-    (save_file if file.endswith("safetensors") else torch.save)(tensors, folder / file)
+    if file.endswith("safetensors"):
+        save_file(tensors, folder / file)
+    else:
+        torch.save(tensors, folder / file)
     return folder
 
 
@@ -102,8 +134,9 @@ def tensors_of(model: GPT2) -> dict[str, torch.Tensor]:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    if a.keys() != b.keys():
+        return False
+    return all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 # It is GPT-2.
@@ -119,26 +152,33 @@ def both(request, tmp_path_factory) -> tuple[GPT2, transformers.GPT2LMHeadModel]
 
 def test_logits_and_gradients_are_those_of_transformers(both):
     """Logits to 1e-4, each gradient of a DPO loss to 1e-4 of its norm."""
-    (ours, theirs), tokens, gradients = both, some_tokens(4, 32), []
-    offset, beta = torch.tensor([0.5, -1.0, 2.0, 0.25]), 0.3
+    ours, theirs = both
+    tokens = some_tokens(4, 32)
     with torch.no_grad():
-        reference = theirs(tokens).logits.log_softmax(-1)[:, :-1]
-        assert reference.std() > 1  # else 1e-4 would be easily met
+        expected = theirs(tokens).logits
+    assert far(ours(tokens), expected) < 1e-4
+    assert expected.log_softmax(-1).std() > 1  # else 1e-4 would be easily met
+
+    reference = responses_logp(expected, tokens) + torch.tensor([0.5, -1.0, 2.0, 0.25])
     for model in (ours, theirs):
-        logits = model(tokens) if model is ours else model(tokens).logits
-        logp = logits.log_softmax(-1)[:, :-1]
-        logp, fixed = (x.gather(-1, tokens[:, 1:, None])[:, 8:, 0].sum(-1)
-                       for x in (logp, reference))
-        dpo_loss(*logp.split(2), *(fixed + offset).split(2), beta)[0].mean().backward()
-        gradients.append({name.removeprefix("transformer."): p.grad
-                          for name, p in model.named_parameters()})
-        assert far(logits.log_softmax(-1)[:, :-1], reference) < 1e-4
-    assert far(ours(tokens), theirs(tokens).logits) < 1e-4
-    mine, other = gradients
+        logits = ours(tokens) if model is ours else theirs(tokens).logits
+        assert far(logits.log_softmax(-1), expected.log_softmax(-1)) < 1e-4
+        policy = responses_logp(logits, tokens)
+        loss, _, _ = dpo_loss(*policy.chunk(2), *reference.chunk(2), beta=0.3)
+        loss.mean().backward()
+
+    mine = {name: p.grad for name, p in ours.named_parameters()}
+    other = {name.removeprefix("transformer."): p.grad for name, p in theirs.named_parameters()}
     assert mine.keys() == other.keys()
     for name in mine:
         expected = other[name].T if name.endswith(KERNELS) else other[name]
         assert (mine[name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def responses_logp(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """log pi of what follows the first 9 tokens of each row, (B,)."""
+    logp = logits.log_softmax(-1)[:, :-1]
+    return logp.gather(-1, tokens[:, 1:, None])[:, 8:, 0].sum(-1)
 
 
 def greedy_of(theirs, prompt: list[int], max_tokens: int, end_token: int) -> list[int]:
@@ -213,12 +253,14 @@ def test_the_same_tokens_give_the_same_logits_in_training_mode(ours):
     assert torch.equal(ours.train()(tokens), ours.eval()(tokens))
 
 
-def test_logits_come_only_where_they_are_asked_for(ours):
-    """`at` counts the flattened tokens of (2, 5): 7 is row 1's third."""
+def test_logits_of_some_tokens_are_those_of_all(ours):
+    """The head reads each token alone, and is the embedding of the words."""
     tokens = some_tokens(2, 5)
-    logits = ours(tokens, at=torch.tensor([7, 0, 7]))
-    assert far(logits, ours(tokens)[[1, 0, 1], [2, 0, 2]]) < 1e-5
-    assert far(ours.hidden(tokens) @ ours.wte.weight.T, ours(tokens)) < 1e-5
+    hidden = ours.hidden(tokens)
+    row = torch.tensor([1, 0, 1])
+    place = torch.tensor([2, 0, 2])
+    assert far(ours.logits(hidden[row, place]), ours(tokens)[row, place]) < 1e-5
+    assert far(hidden @ ours.wte.weight.T, ours(tokens)) < 1e-5
 
 
 def test_rows_beyond_the_context_are_an_error_with_both_numbers(ours):
@@ -227,27 +269,38 @@ def test_rows_beyond_the_context_are_an_error_with_both_numbers(ours):
         ours(some_tokens(1, 33))
 
 
-# A flat batch.
+# A packed batch.
 
-def test_a_flat_batch_computes_what_padded_rows_do(ours):
+@pytest.mark.parametrize("grids, cells", [
+    # Two grids of one row: cells 0 1 2, then 3 to 7. The prompt's results are from either.
+    ([[[0, 1, 5]], [[0, 1, 2, 3, 4]]], [0, 4, 5, 6, 7, 2]),
+    # One grid of two rows: cells 0 to 4 and 5 to 9. The pads of the second are tokens 3 and 2.
+    ([[[0, 1, 2, 3, 4], [0, 1, 5, 3, 2]]], [5, 1, 2, 3, 4, 7])])
+def test_a_packed_batch_computes_what_padded_rows_do(grids, cells, ours):
     """One prompt (5, 6) with the responses (7, 8, 9) and (10,), each token once: the last one
     stands in another row, at position 2. Logits and gradients are those of two rows."""
-    tokens, positions = torch.tensor([5, 6, 7, 8, 9, 10]), torch.tensor([0, 1, 2, 3, 4, 2])
-    attend = partial(in_rows, rows=(torch.tensor([[0, 1, 5]]), torch.tensor([[0, 1, 2, 3, 4]])),
-                     back=torch.tensor([0, 4, 5, 6, 7, 2]))  # the prompt's results: either row's
-    one_group = partial(in_rows, rows=(torch.tensor([[0, 1, 2, 3, 4], [0, 1, 5, 3, 2]]),),
-                        back=torch.tensor([5, 1, 2, 3, 4, 7]))  # pads: any token
     padded = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 10, 0, 0]])
-    weight, gradients = torch.linspace(-1, 2, 6 * 61).view(6, 61), []
     expected = ours(padded)[[0, 0, 0, 0, 0, 1], [0, 1, 2, 3, 4, 2]]
-    for logits in (expected, ours(tokens, positions, attend), ours(tokens, positions, one_group)):
-        assert far(logits, expected) < 1e-5
-        ours.zero_grad()
-        (logits * weight).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in ours.parameters()]))
-    assert all((g - gradients[0]).norm() < 1e-5 * gradients[0].norm() for g in gradients[1:])
+
+    tokens = torch.tensor([5, 6, 7, 8, 9, 10])
+    positions = torch.tensor([0, 1, 2, 3, 4, 2])
+    grids = tuple(torch.tensor(grid) for grid in grids)
+    hidden = ours.packed_hidden(tokens, positions, grids, torch.tensor(cells))
+    logits = ours.logits(hidden)
+    assert far(logits, expected) < 1e-5
     chosen = torch.tensor([1, 4])
-    assert far(ours(tokens, positions, attend, chosen), expected[chosen]) < 1e-5
+    assert far(ours.logits(hidden[chosen]), expected[chosen]) < 1e-5
+
+    gradient = gradient_of(ours, logits)
+    expected_gradient = gradient_of(ours, expected)
+    assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+
+
+def gradient_of(model: GPT2, logits: torch.Tensor) -> torch.Tensor:
+    """All gradients, in one line, of a sum in which each logit has another weight."""
+    weight = torch.linspace(-1, 2, logits.numel()).view_as(logits)
+    gradients = torch.autograd.grad((logits * weight).sum(), list(model.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 # Loading.
@@ -474,6 +527,8 @@ REFUSED = {
     "a list for an offset": raw({"a": entry([1], [0], [4])}, bytes(4)),
     "a number for a shape": raw({"a": entry(1, 0, 4)}, bytes(4)),
     "an object for a shape": raw({"a": entry({"0": 1}, 0, 4)}, bytes(4)),
+    "an empty text for a shape": raw({"a": entry("", 0, 4)}, bytes(4)),
+    "an empty object for a shape": raw({"a": entry({}, 0, 4)}, bytes(4)),
     "NaN for a side": raw({"a": entry([math.nan], 0, 4)}, bytes(4)),
     "an infinite offset": raw({"a": entry([1], 0, math.inf)}, bytes(4)),
     "an offset of 5,000 digits": raw(
@@ -514,17 +569,19 @@ def test_a_header_that_cannot_be_is_not_even_read(tmp_path):
 
 
 def test_what_the_format_allows_is_read(tmp_path):
-    """A scalar, an empty tensor, any order of names, spaces, metadata, a header of odd length."""
-    data = b"".join(value.numpy().tobytes() for value in (
-        torch.tensor(3.5), torch.arange(6, dtype=torch.float16)))
+    """A scalar, empty tensors, any order of names, spaces, metadata, a header of odd length."""
+    scalar = torch.tensor(3.5)
+    matrix = torch.arange(6, dtype=torch.float16).view(2, 3)
+    data = scalar.numpy().tobytes() + matrix.numpy().tobytes()
     header = {"z": entry([], 0, 4), "__metadata__": {"format": "pt"},
-              "a": entry([2, 3], 4, 16, "F16"), "nothing": entry([0, 2], 16, 16)}
+              "a": entry([2, 3], 4, 16, "F16"), "nothing": entry([0, 2], 16, 16),
+              "nothing, where a begins": entry([0], 4, 4)}
+    expected = {"z": scalar, "a": matrix, "nothing": torch.empty(0, 2),
+                "nothing, where a begins": torch.empty(0)}
+    path = tmp_path / "odd.safetensors"
     for spaces in range(4):
-        path = tmp_path / "odd.safetensors"
         path.write_bytes(raw(json.dumps(header).encode() + b" " * spaces, data))
-        tensors = read(path)
-        assert same(tensors, {"z": torch.tensor(3.5), "nothing": torch.empty(0, 2),
-                              "a": torch.arange(6, dtype=torch.float16).view(2, 3)})
+        assert same(read(path), expected)
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
@@ -543,9 +600,11 @@ def test_a_damaged_header_is_refused_or_harmless(tmp_path):
     """Random bytes at random places of the header, and files of nothing else: a ValueError, or the
     very same numbers (where the damage met a name, a space or the metadata)."""
     save_pretrained(GPT2(GPT2Config(1, 1, 2, 3, 5, 4)), tmp_path)
-    whole, rng = (tmp_path / "model.safetensors").read_bytes(), random.Random(0)
+    whole = (tmp_path / "model.safetensors").read_bytes()
     data_start = 8 + int.from_bytes(whole[:8], "little")
-    path, outcomes = tmp_path / "damaged.safetensors", Counter()
+    path = tmp_path / "damaged.safetensors"
+    rng = random.Random(0)
+    outcomes = Counter()
     for _ in range(900):
         damaged = bytearray(whole)
         for _ in range(rng.choice([1, 1, 2, 5])):
@@ -576,7 +635,8 @@ def test_transformers_and_we_read_what_was_saved(dtype, small, tmp_path):
         torch.nn.init.normal_(block.mlp.adapter.c_proj.weight, std=0.3)
         torch.nn.init.normal_(block.mlp.adapter.c_proj.bias, std=0.3)
     save_pretrained(model, tmp_path)
-    merged, tokens = merge_adapters(model), some_tokens(3, 20)
+    merged = merge_adapters(model)
+    tokens = some_tokens(3, 20)
     theirs = theirs_from(tmp_path, dtype=dtype)
     assert theirs.config.n_inner == 69 and theirs.dtype == dtype
     with torch.no_grad():
@@ -613,6 +673,44 @@ def test_a_save_that_breaks_off_leaves_the_old_files_whole(small, tmp_path, monk
     assert same(tensors_of(GPT2.from_pretrained(tmp_path)), before)
 
 
+class FullDisk(io.FileIO):
+    """A new file on a disk that has room for `room` more bytes of it."""
+    room = 0
+
+    def write(self, data) -> int:
+        left = self.room - self.tell()
+        if len(data) > left:
+            super().write(data[:left])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+@pytest.mark.parametrize("room", [0, 100, 20_000])
+def test_a_full_disk_is_an_os_error_and_leaves_the_old_files_as_they_were(room, ours, tmp_path,
+                                                                          monkeypatch):
+    """config.json has more than 100 bytes and fits into 20,000; model.safetensors has 38,000.
+
+    The new model has another n_inner, so a new config.json beside the old weights would be noticed.
+    """
+    save_pretrained(ours, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert 100 < len(before["config.json"]) < 20_000 < len(before["model.safetensors"])
+    loaded = tensors_of(GPT2.from_pretrained(tmp_path))
+
+    monkeypatch.setattr(FullDisk, "room", room)
+    monkeypatch.setattr(model_file, "open", FullDisk, raising=False)
+    with pytest.raises(OSError) as caught:
+        save_pretrained(add_adapters(ours, "parallel", width=5), tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert same(tensors_of(GPT2.from_pretrained(tmp_path)), loaded)
+    save_pretrained(ours, tmp_path)  # with room again, what was left behind is no hindrance
+    assert GPT2.from_pretrained(tmp_path).config.n_inner == 69
+    assert {file.name for file in tmp_path.iterdir()} == before.keys()
+
+
 # Adapters.
 
 def count(model: GPT2, trained: bool = True) -> int:
@@ -621,22 +719,52 @@ def count(model: GPT2, trained: bool = True) -> int:
 
 def test_a_parallel_adapter_is_the_identity_at_first_and_alone_trains(ours):
     """16 wide, 5 neurons: (16 + 1) * 5 + (5 + 1) * 16 = 181 parameters in each of 2 layers."""
-    tokens, before = some_tokens(2, 11), tensors_of(ours)
+    tokens = some_tokens(2, 11)
+    before = tensors_of(ours)
     expected = ours(tokens)
     assert add_adapters(ours, "parallel", width=5) is ours
     assert torch.equal(ours(tokens), expected)
     assert count(ours) == 2 * 181
     assert all((".adapter." in name) == p.requires_grad for name, p in ours.named_parameters())
+
     optimizer = torch.optim.SGD((p for p in ours.parameters() if p.requires_grad), lr=0.1)
+    start = tensors_of(ours)
     for _ in range(2):  # the first step moves the last layer alone: it was 0
         ours(tokens).log_softmax(-1)[..., 3].mean().neg().backward()
         optimizer.step()
         optimizer.zero_grad()
     after = ours.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert all((after[f"h.{i}.mlp.adapter.{k}.weight"] != 0).any() for i in range(2)
-               for k in ("c_fc", "c_proj"))
+    old_weights = {name.replace(".mlp.mlp.", ".mlp."): value for name, value in after.items()
+                   if ".adapter." not in name}
+    assert same(old_weights, before)
+    for layer in range(2):
+        for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias"):
+            name = f"h.{layer}.mlp.adapter.{name}"
+            assert not torch.equal(after[name], start[name]), name
     assert far(ours(tokens), expected) > 1e-3
+
+
+def test_an_mlp_with_an_adapter_takes_the_mlp_s_place_and_its_parameters_names(ours):
+    """h.0.mlp.c_fc.weight is now h.0.mlp.mlp.c_fc.weight, the same tensor; beside it stands
+    h.0.mlp.adapter.c_fc.weight. The outputs are added."""
+    mlp = ours.h[0].mlp
+    before = dict(ours.named_parameters())
+    add_adapters(ours, "parallel", width=5)
+    assert type(ours.h[0].mlp) is MLPWithAdapter and ours.h[0].mlp.mlp is mlp
+
+    after = dict(ours.named_parameters())
+    for name, parameter in before.items():
+        assert after.pop(name.replace(".mlp.", ".mlp.mlp.")) is parameter
+    assert sorted((name, tuple(p.shape)) for name, p in after.items()) == [
+        ("h.0.mlp.adapter.c_fc.bias", (5,)), ("h.0.mlp.adapter.c_fc.weight", (5, 16)),
+        ("h.0.mlp.adapter.c_proj.bias", (16,)), ("h.0.mlp.adapter.c_proj.weight", (16, 5)),
+        ("h.1.mlp.adapter.c_fc.bias", (5,)), ("h.1.mlp.adapter.c_fc.weight", (5, 16)),
+        ("h.1.mlp.adapter.c_proj.bias", (16,)), ("h.1.mlp.adapter.c_proj.weight", (16, 5))]
+
+    torch.nn.init.normal_(ours.h[0].mlp.adapter.c_proj.weight)
+    x = torch.randn(3, 16)
+    assert torch.equal(ours.h[0].mlp(x), mlp(x) + ours.h[0].mlp.adapter(x))
+    assert far(ours.h[0].mlp(x), mlp(x)) > 0.01
 
 
 @pytest.mark.parametrize("init", ["scratch", "pretrained"])
@@ -652,26 +780,11 @@ def test_a_replacing_adapter_takes_the_place_of_the_mlp_and_everything_trains(in
 
 
 def test_kind_none_trains_every_weight(ours):
-    add_adapters(ours, "parallel", width=3, layers=1)
-    assert count(ours) == 2 * 16 * 3 + 3 + 16
-    fresh = add_adapters(GPT2(GPT2Config(**SMALL, n_inner=64)), "none")
-    assert count(fresh) == count(fresh, trained=False)
-
-
-@pytest.mark.parametrize("kind", ["parallel", "replace"])
-def test_layers_counts_from_the_top(kind, tmp_path):
-    """4 layers, 3 with adapters: the lowest keeps its MLP of 64 neurons; all merge and save."""
-    config = {**SMALL, "n_layer": 4}
-    model = GPT2.from_pretrained(write(tmp_path, published(config), config))
-    add_adapters(model, kind, width=7, layers=3)
-    widths = [(b.mlp.c_fc.out_features, b.mlp.adapter is not None) for b in model.h]
-    assert widths == [(64, False)] + 3 * ([(64, True)] if kind == "parallel" else [(7, False)])
-    merged, tokens = merge_adapters(model), some_tokens(2, 9)
-    assert merged.config.n_inner == (71 if kind == "parallel" else 64)
-    assert far(merged(tokens), model(tokens)) < 1e-5
-    save_pretrained(model, tmp_path / "saved")
-    with torch.no_grad():
-        assert far(theirs_from(tmp_path / "saved")(tokens).logits, model(tokens)) < 1e-4
+    """Also of a model that was frozen."""
+    before = dict(ours.requires_grad_(False).named_parameters())
+    assert add_adapters(ours, "none") is ours
+    assert dict(ours.named_parameters()) == before
+    assert count(ours) == count(ours, trained=False)
 
 
 @pytest.mark.parametrize("kind, init", [("parallel", "scratch"), ("replace", "scratch"),
@@ -679,29 +792,63 @@ def test_layers_counts_from_the_top(kind, tmp_path):
 def test_merging_gives_a_plain_model_with_the_same_logits(kind, init, ours):
     """With every number of an adapter other than 0, as after training; `model` stays as it was."""
     add_adapters(ours, kind, width=6, init=init)
+    generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, p in ours.named_parameters():
             if ".mlp." in name:
-                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
-    before, tokens = tensors_of(ours), some_tokens(2, 13)
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+    before = tensors_of(ours)
+    tokens = some_tokens(2, 13)
     merged = merge_adapters(ours)
     assert merged.config.n_inner == {"parallel": 70, "replace": 6, "none": 64}[kind]
-    assert all(block.mlp.adapter is None for block in merged.h)
+    assert tensors_of(merged).keys() == tensors_of(GPT2(merged.config)).keys()
     assert far(merged(tokens), ours(tokens)) < 1e-5
     assert same(tensors_of(ours), before)
 
 
+@pytest.mark.parametrize("init", ["scratch", "pretrained"])
+def test_transformers_reads_replaced_mlps_too(init, ours, tmp_path):
+    add_adapters(ours, "replace", width=7, init=init)
+    save_pretrained(ours, tmp_path)
+    theirs = theirs_from(tmp_path)
+    tokens = some_tokens(2, 9)
+    assert theirs.config.n_inner == 7
+    with torch.no_grad():
+        assert far(theirs(tokens).logits, ours(tokens)) < 1e-4
+
+
+def mlp_inputs(model: GPT2, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What each layer's MLP reads in a forward pass."""
+    seen = []
+    hooks = [block.mlp.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+             for block in model.h]
+    with torch.no_grad():
+        model.hidden(tokens)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 def mlp_errors(model: GPT2, tokens: torch.Tensor, width: int, small: Path) -> list[float]:
     """Each layer's relative error when its MLP is replaced by `width` of its neurons, on tokens."""
-    smaller, errors = GPT2.from_pretrained(small), []
+    smaller = GPT2.from_pretrained(small)
     add_adapters(smaller, "replace", width=width, init="pretrained")
-    for block, small_block in zip(model.h, smaller.h, strict=True):
-        seen = []
-        with block.mlp.register_forward_pre_hook(lambda _, x, seen=seen: seen.extend(x)):
-            model.hidden(tokens)
-        y = block.mlp(seen[0])
-        errors.append(((small_block.mlp(seen[0]) - y).norm() / y.norm()).item())
+    errors = []
+    for layer, x in enumerate(mlp_inputs(model, tokens)):
+        y = model.h[layer].mlp(x)
+        errors.append(((smaller.h[layer].mlp(x) - y).norm() / y.norm()).item())
     return errors
+
+
+def test_the_neurons_that_stay_are_the_strongest_on_text_that_the_model_writes(small, ours):
+    """64 rows of a context of 32: the end-of-text token, 60, writes 31 tokens, and goes."""
+    text = torch.tensor(generate(ours, [[60]] * 64, 31, end_token=-1))
+    expected = [strongest_neurons(block.mlp, x, 10)
+                for block, x in zip(ours.h, mlp_inputs(ours, text), strict=True)]
+    add_adapters(ours, "replace", width=10, init="pretrained")
+    for block, mlp in zip(ours.h, expected, strict=True):
+        assert torch.equal(block.mlp.c_fc.weight, mlp.c_fc.weight)
+        assert far(block.mlp.c_proj.bias, mlp.c_proj.bias) < 1e-6
 
 
 def test_a_replacement_from_pretrained_neurons_is_exact_at_full_width(small, ours):
@@ -718,7 +865,8 @@ def test_its_error_grows_as_its_width_falls_and_is_less_than_that_of_any_neurons
     tokens = some_tokens(8, 32)
     errors = [sum(mlp_errors(ours, tokens, width, small)) for width in (64, 48, 32, 16, 4)]
     assert errors == sorted(errors) and errors[0] < 1e-5 and errors[1] > 0.01
-    mlp, x = ours.h[0].mlp, ours.h[0].ln_2(ours.wte(tokens))
+    mlp = ours.h[0].mlp
+    x = ours.h[0].ln_2(ours.wte(tokens))
     for width, error in ((32, errors[2]), (16, errors[3])):
         values = torch.nn.functional.gelu(mlp.c_fc(x)[..., :width], approximate="tanh")
         part = values @ mlp.c_proj.weight[:, :width].T + mlp.c_proj.bias
@@ -728,19 +876,21 @@ def test_its_error_grows_as_its_width_falls_and_is_less_than_that_of_any_neurons
 @torch.no_grad()
 def test_what_left_out_neurons_write_on_average_goes_into_the_bias(ours):
     """16 weak neurons that always say gelu(1): without them, but with their sum, all is equal."""
-    mlp, tokens = ours.h[0].mlp, some_tokens(4, 16)
-    mlp.c_fc.weight[:16], mlp.c_fc.bias[:16] = 0.0, 1.0
+    mlp = ours.h[0].mlp
+    mlp.c_fc.weight[:16] = 0.0
+    mlp.c_fc.bias[:16] = 1.0
     mlp.c_proj.weight[:, :16] *= 0.01
-    x = torch.randn(5, 16)
-    small = model_file.strongest(ours, mlp, tokens, 48)
+    inputs = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
+    small = strongest_neurons(mlp, inputs, 48)
     assert far(small(x), mlp(x)) < 1e-6 < 1e-4 < far(small.c_proj.bias, mlp.c_proj.bias)
     mlp.c_proj.weight[:, :16] *= 1e4  # loud now, however seldom they change: they stay
-    loud = model_file.strongest(ours, mlp, tokens, 16)
+    loud = strongest_neurons(mlp, inputs, 16)
     assert far(loud.c_proj.weight, mlp.c_proj.weight[:, :16]) == 0
 
 
 @pytest.mark.parametrize("wrong", [
-    {"kind": "lora"}, {"init": "zeros"}, {"width": 0}, {"width": -4}, {"layers": 3}, {"layers": -1},
+    {"kind": "lora"}, {"init": "zeros"}, {"width": 0}, {"width": -4}, {"width": 65},
     {"kind": "replace", "init": "pretrained", "width": 65}])
 def test_adapters_that_cannot_be_are_refused_with_the_value(wrong, ours):
     before = tensors_of(ours)
@@ -777,7 +927,7 @@ def test_generation_reaches_the_last_place_of_the_context_and_no_further(ours):
     """A context of 32: 7 + 25 tokens fit, 7 + 26 do not."""
     answer = generate(ours, [PROMPTS[2], [9]], 25, temperature=0, end_token=-1)
     assert answer[0] == without_cache(ours, PROMPTS[2], 25, -1)
-    with pytest.raises(ValueError, match=r"7 tokens, 26 .*32"):
+    with pytest.raises(ValueError, match=r"7 tokens .* 26: .*32"):
         generate(ours, [PROMPTS[2], [9]], 26)
 
 
@@ -790,15 +940,30 @@ def test_empty_prompts_and_no_tokens_to_come_are_errors(prompts, max_tokens, our
 def test_an_answer_ends_with_the_end_token_and_holds_it(ours):
     free = generate(ours, PROMPTS, 15, temperature=0, end_token=-1)
     end = free[2][4]
-    for answer, longer in zip(generate(ours, PROMPTS, 15, temperature=0, end_token=end), free,
-                              strict=True):
+    answers = generate(ours, PROMPTS, 15, temperature=0, end_token=end)
+    for answer, longer in zip(answers, free, strict=True):
         length = longer.index(end) + 1 if end in longer else 15
         assert answer == longer[:length]
 
 
+@pytest.mark.parametrize("early", range(5))
+def test_a_row_that_ended_changes_no_other_row_and_gets_no_id_more(early, ours):
+    """One row ends with its first, third or tenth token, and so does a row that begins alike. The
+    others go on, as if they were alone: also where the longest prompt is the one that ends."""
+    alone = [generate(ours, [prompt], 20, temperature=0, end_token=-1)[0] for prompt in PROMPTS]
+    for length in (1, 3, 10):
+        end = alone[early][:length]
+        answers = generate(ours, PROMPTS, 20, temperature=0, end_token=-1,
+                           stop=lambda answer, end=end: answer == end)
+        assert answers[early] == end
+        assert answers == [end if answer[:length] == end else answer for answer in alone]
+        assert sum(len(answer) == 20 for answer in answers) >= 3
+
+
 def test_stop_sees_the_new_ids_of_one_answer_and_ends_it(ours):
     """It may look at text: here, an answer ends once its ids sum to more than 150."""
-    free, seen = generate(ours, PROMPTS, 15, temperature=0, end_token=-1), []
+    free = generate(ours, PROMPTS, 15, temperature=0, end_token=-1)
+    seen = []
 
     def stop(answer: list[int]) -> bool:
         seen.append(list(answer))
@@ -807,8 +972,10 @@ def test_stop_sees_the_new_ids_of_one_answer_and_ends_it(ours):
     answers = generate(ours, PROMPTS, 15, temperature=0, end_token=-1, stop=stop)
     for answer, longer in zip(answers, free, strict=True):
         sums = list(itertools.accumulate(longer))
-        assert answer == longer[:next((i for i, s in enumerate(sums, 1) if s > 150), 15)]
+        length = next((i for i, s in enumerate(sums, 1) if s > 150), 15)
+        assert answer == longer[:length]
         assert all(longer[:n] in seen for n in range(1, len(answer) + 1))
+    assert len(seen) == sum(len(answer) for answer in answers)  # never asked again after the end
     assert len({len(answer) for answer in answers}) > 1
 
 
@@ -835,31 +1002,25 @@ def test_generation_leaves_mode_and_gradients_as_they_were(ours):
 
 
 # Probabilities 0.15, 0.5, 0.1, 0.25 of the tokens 0 to 3; 4,000 rows of them are drawn at once.
-@pytest.mark.parametrize("temperature, top_k, top_p, expected", [
-    (1.0, 0, 1.0, [0.15, 0.5, 0.1, 0.25]),
-    (0.5, 0, 1.0, [0.0225 / 0.345, 0.25 / 0.345, 0.01 / 0.345, 0.0625 / 0.345]),  # their squares
-    (1.0, 1, 1.0, [0, 1, 0, 0]),
-    (1.0, 2, 1.0, [0, 2 / 3, 0, 1 / 3]),
-    (1.0, 4, 1.0, [0.15, 0.5, 0.1, 0.25]),
-    (1.0, 9, 1.0, [0.15, 0.5, 0.1, 0.25]),
-    (1.0, 0, 0.49, [0, 1, 0, 0]),
-    (1.0, 0, 0.0, [0, 1, 0, 0]),  # one token is always left
-    (1.0, 0, 0.51, [0, 2 / 3, 0, 1 / 3]),
-    (1.0, 0, 0.74, [0, 2 / 3, 0, 1 / 3]),
-    (1.0, 0, 0.76, [0.15 / 0.9, 0.5 / 0.9, 0, 0.25 / 0.9]),
-    (1.0, 2, 0.6, [0, 1, 0, 0]),  # of the two likeliest, the first has 2/3
-    (1.0, 3, 0.6, [0, 2 / 3, 0, 1 / 3]),
-    (2.0, 0, 0.6, [0, 0.5**0.5 / (0.5**0.5 + 0.5), 0, 0.5 / (0.5**0.5 + 0.5)]),
-    (0.0, 0, 1.0, [0, 1, 0, 0])])
-def test_sampling_draws_with_the_probabilities_it_should(temperature, top_k, top_p, expected):
+@pytest.mark.parametrize("temperature, top_p, expected", [
+    (1.0, 1.0, [0.15, 0.5, 0.1, 0.25]),
+    (0.5, 1.0, [0.0225 / 0.345, 0.25 / 0.345, 0.01 / 0.345, 0.0625 / 0.345]),  # their squares
+    (1.0, 0.49, [0, 1, 0, 0]),
+    (1.0, 0.0, [0, 1, 0, 0]),  # one token is always left
+    (1.0, 0.51, [0, 2 / 3, 0, 1 / 3]),
+    (1.0, 0.74, [0, 2 / 3, 0, 1 / 3]),
+    (1.0, 0.76, [0.15 / 0.9, 0.5 / 0.9, 0, 0.25 / 0.9]),
+    (2.0, 0.6, [0, 0.5**0.5 / (0.5**0.5 + 0.5), 0, 0.5 / (0.5**0.5 + 0.5)]),
+    (0.0, 1.0, [0, 1, 0, 0])])
+def test_sampling_draws_with_the_probabilities_it_should(temperature, top_p, expected):
     logits = torch.tensor([0.15, 0.5, 0.1, 0.25]).log().repeat(4000, 1) - 3.0
     generator = torch.Generator().manual_seed(1)
-    drawn = model_file.sample(logits, temperature, top_k, top_p, generator).bincount(minlength=4)
+    drawn = model_file.sample(logits, temperature, top_p, generator).bincount(minlength=4)
     for share, p in zip((drawn / 4000).tolist(), expected, strict=True):
         assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / 4000)
 
 
 def test_each_row_is_sampled_by_its_own_probabilities():
     logits = torch.tensor([[0.0, 9.0, 1.0], [9.0, 0.0, 1.0], [0.0, 1.0, 9.0]])
-    drawn = model_file.sample(logits, 1.0, 1, 0.9, torch.Generator().manual_seed(0))
+    drawn = model_file.sample(logits, 1.0, 0.9, torch.Generator().manual_seed(0))
     assert drawn.tolist() == [1, 0, 2]

@@ -1,21 +1,25 @@
-"""The whole job, on a GPT-2 so small that it takes a second: options, stages, stops, processes.
+"""The whole job, on a GPT-2 so small that it takes a second: options, stages, stops, full disks.
 
-Runs that are killed, or that are several, are real processes: children of one that has imported
-everything (`Jobs`), so that each begins at once. The others call train.main here.
+Runs that are killed, or that meet in one folder, are real processes: children of one that has
+imported everything (`Jobs`), so that each begins at once. The others call train.main here.
 """
 
+import contextlib
+import dataclasses
 import gzip
+import io
 import json
 import math
 import os
 import random
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -29,10 +33,16 @@ from model import GPT2, GPT2Config, add_adapters, save_pretrained
 
 SUBSETS = ("harmless-base", "helpful-base")
 CLOCK = ("tokens_per_second", "seconds_left")  # all that may differ between two equal runs
-ROWS, TESTS = 21, 4  # single-turn pairs in each subset's two files
+ROWS = 21                      # single-turn pairs in each subset's file of training pairs
+TESTS = 4                      # and in its file of test pairs
 
 
-# A world to train in: a model, and files like those of hh-rlhf.
+# With these options and `bytes_as_tokens` a run has bytes for tokens, as the demo has: GPT-2's
+# vocabulary takes most of the time of a small model.
+BYTES = {"model": "bytes", "max_tokens": 64, "max_prompt_tokens": 42}
+
+
+# A world to train in: models, and files like those of hh-rlhf.
 
 def dialogue(prompt: str, answer: str) -> str:
     return f"\n\nHuman: {prompt}\n\nAssistant: {answer}"
@@ -41,34 +51,50 @@ def dialogue(prompt: str, answer: str) -> str:
 def rows(count: int, rng: random.Random) -> list[dict]:
     """Sums; the chosen answer is polite in four of five, so that there is something to learn."""
     made = []
-    for a, b in rng.sample([(a, b) for a in range(99) for b in range(99)], count):
-        sides = [dialogue(f"What is {a} plus {b}?", text) for text in (
-            f"Gladly! That is {a + b}.", f"No idea. {rng.choice('Go Ask Look Run'.split())} away.")]
-        sides = sides if rng.random() < 0.8 else sides[::-1]
-        made.append(dict(zip(data.SIDES, sides, strict=True)))
+    for number in rng.sample(range(99 * 99), count):
+        a, b = divmod(number, 99)
+        prompt = f"What is {a} plus {b}?"
+        polite = dialogue(prompt, f"Gladly! That is {a + b}.")
+        rude = dialogue(prompt, f"No idea. {rng.choice('Go Ask Look Run'.split())} away.")
+        if rng.random() < 0.8:
+            made.append({"chosen": polite, "rejected": rude})
+        else:
+            made.append({"chosen": rude, "rejected": polite})
     return made
+
+
+def odd_rows() -> list[dict]:
+    """Rows that are dropped: three of two turns, one with two prompts, one with equal answers."""
+    two_turns = dialogue("Hi", "Hello.") + dialogue("Bye", "Bye.")
+    why = dialogue("Why?", "So.")
+    return [
+        {"chosen": two_turns, "rejected": two_turns + "!"},
+        {"chosen": two_turns, "rejected": two_turns + "!"},
+        {"chosen": two_turns, "rejected": two_turns + "!"},
+        {"chosen": why, "rejected": dialogue("Why not?", "So.")},
+        {"chosen": why, "rejected": why},
+    ]
 
 
 def write_rows(path: Path, lines: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    path.write_bytes(content)
     return path
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A folder with models in gpt2/ and bytes/, hh-rlhf in hh/, and own pairs in pairs.jsonl."""
-    folder, rng = tmp_path_factory.mktemp("world"), random.Random(5)
+    folder = tmp_path_factory.mktemp("world")
+    rng = random.Random(5)
     torch.manual_seed(1)
     save_pretrained(GPT2(GPT2Config(2, 2, 16, 32, 50257, 64)), folder / "gpt2")
     save_pretrained(GPT2(GPT2Config(2, 2, 16, 64, 257, 64)), folder / "bytes")
-    two_turns = dialogue("Hi", "Hello.") + dialogue("Bye", "Bye.")
     for subset in SUBSETS:
-        odd = [{"chosen": two_turns, "rejected": two_turns + "!"}] * 3 + [
-            {"chosen": dialogue("Why?", "So."), "rejected": dialogue("Why not?", "So.")},
-            {"chosen": dialogue("Why?", "So."), "rejected": dialogue("Why?", "So.")}]
-        write_rows(folder / "hh" / subset / "train.jsonl.gz", rows(ROWS, rng) + odd)
+        write_rows(folder / "hh" / subset / "train.jsonl.gz", rows(ROWS, rng) + odd_rows())
         write_rows(folder / "hh" / subset / "test.jsonl.gz", rows(TESTS, rng))
     write_rows(folder / "pairs.jsonl", rows(40, rng))
     return folder
@@ -80,26 +106,49 @@ def argv(world: Path, out: str | Path, **options) -> list[str]:
                "out": world / out, "dtype": "float32", "max_tokens": 32, "max_prompt_tokens": 20,
                "val_share": 0.25, "batch_pairs": 8, "log_every": 1, "sft_lr": 3e-3, "lr": 3e-3,
                "vals_per_epoch": 1, "patience": 99} | options
-    return [word for name, value in options.items() for word in
-            ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    if options["model"] == "bytes":
+        options["model"] = world / "bytes"
+    words = []
+    for name, value in options.items():
+        words.append(f"--{name}")
+        if value is not True:
+            words.append(str(value))
+    return words
 
 
 def lines_of(out: Path, *without: str) -> list[dict]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in without} for line in lines]
+    return [{name: line[name] for name in line if name not in without} for line in lines]
 
 
-def of(lines: list[dict], stage: str, kind: str) -> list[dict]:
-    return [line for line in lines if (line["stage"], line["kind"]) == (stage, kind)]
+def of(lines: list[dict], stage: str, event: str) -> list[dict]:
+    return [line for line in lines if (line["stage"], line["event"]) == (stage, event)]
 
 
-def tokens_of(world: Path, part: str) -> list[data.TokenPair]:
-    """The pairs of a part as the runs of `argv` have them."""
-    found = [[pair for subset in SUBSETS for pair in
-              data.read_pairs(world / "hh" / subset / f"{name}.jsonl.gz")[0]]
-             for name in ("train", "test")]
-    parts = data.split(*found, 0.25)[0]
-    return data.tokenize(parts[part], tiktoken.get_encoding("gpt2"), 32, 20)[0]
+def tokens_of(world: Path, split: str, in_bytes: bool = False) -> list[data.TokenPair]:
+    """The pairs of a split as the runs of `argv` have them, or those with BYTES."""
+    found = {"train": [], "test": []}
+    for name, pairs in found.items():
+        for subset in SUBSETS:
+            pairs += data.read_pairs(world / "hh" / subset / f"{name}.jsonl.gz")[0]
+    splits, _ = data.split(found["train"], found["test"], 0.25)
+    max_tokens = BYTES["max_tokens"] if in_bytes else 32
+    max_prompt_tokens = BYTES["max_prompt_tokens"] if in_bytes else 20
+    encoding = data.encoding_of(demo=in_bytes)
+    return data.tokenize(splits[split], encoding, max_tokens, max_prompt_tokens)[0]
+
+
+def begin(words: list[str], audit: dict | None = None) -> None:
+    """Begin a run's folder, and stop there."""
+    config = train.parse(words)
+    run = train.open_run(config, train.choose_machine(config), audit or {})
+    run.metrics.close()        # and with it the lock
+
+
+def bytes_as_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let train.py take bytes for GPT-2's tokens."""
+    encoding = data.encoding_of(demo=True)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
 
 
 # Options and files: what a user can mend.
@@ -112,8 +161,11 @@ def refused(words: list[str], capfd) -> str:
     except SystemExit as stop:
         code = stop.code
     error = capfd.readouterr().err
-    assert code == 2 and error.startswith("error"), (code, error)
-    assert error.endswith("\n") and error.count("\n") == 1 and "Traceback" not in error, error
+    assert code == 2, error
+    assert error.startswith("error ")
+    assert error.endswith("\n")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
     return error
 
 
@@ -124,6 +176,7 @@ def refused(words: list[str], capfd) -> str:
     ({"epochs": 1.5}, "--epochs"),
     ({"batch_pairs": 0}, "--batch_pairs"),
     ({"lr": -1e-4}, "--lr"),
+    ({"lr": 0}, "--lr"),
     ({"max_norm": "nan"}, "--max_norm"),
     ({"sft_lr": "inf"}, "--sft_lr"),
     ({"val_share": 0.5}, "--val_share"),
@@ -136,14 +189,44 @@ def refused(words: list[str], capfd) -> str:
     ({"model": "nowhere"}, "nowhere"),
     ({"pairs": "nowhere.jsonl"}, "nowhere.jsonl"),
     ({"val_share": 1e-9}, "val"),
-    ({"adapter_width": 65}, "--adapter_width"),  # the MLPs have 64 neurons, in 2 layers
-    ({"adapter_layers": 3}, "--adapter_layers"),
+    ({"adapter_width": 65}, "--adapter_width"),  # the MLPs have 64 neurons
     ({"adapter_init": "pretrained"}, "--adapter_init"),  # of a replacing MLP alone
+    ({"demo": True, "pairs": "mine.jsonl"}, "--pairs"),
+    ({"demo": True, "sft_epochs": 0}, "--sft_epochs"),
 ], ids=str)
 def test_a_wrong_option_is_one_line_that_names_it_and_leaves_nothing(options, named, world, capfd):
     """Exit code 2, one line on stderr from the word error on, and no folder for a run."""
     assert named in refused(argv(world, "refused", **options), capfd)
     assert not (world / "refused").exists()
+
+
+def test_help_explains_every_option_and_ends_with_examples_that_parse(capsys):
+    """Among them is the paper's setting, as near as it comes: all weights, 1e-6, 64 pairs."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    options, examples = capsys.readouterr().out.split("examples:")
+    unwrapped = re.sub(r"\s", "", options)
+    for option in dataclasses.fields(train.Config):
+        text = option.metadata["help"]
+        assert f"  --{option.name} " in options
+        assert len(text.split()) >= 3
+        assert text.replace(" ", "") in unwrapped
+
+    commands = re.findall(r"python train\.py(.*?)(?:   |\n)", examples)
+    configs = [train.parse(command.split()) for command in commands]
+    papers = [config for config in configs if config.adapter == "none"]
+    assert len(configs) == 5
+    assert len(papers) == 1
+    assert (papers[0].lr, papers[0].batch_pairs, papers[0].beta) == (1e-6, 64, 0.1)
+    assert (papers[0].loss, papers[0].label_smoothing, papers[0].sft_coef) == ("sigmoid", 0, 0)
+
+
+def test_a_rate_that_is_left_out_follows_from_the_adapter():
+    assert train.parse([]).lr == 1e-4
+    assert train.parse(["--adapter", "none"]).lr == 1e-6
+    assert train.parse(["--adapter", "replace"]).lr == 1e-6
+    assert train.parse(["--adapter", "none", "--lr", "0.5"]).lr == 0.5
 
 
 def test_a_file_that_is_no_checkpoint_is_one_line_that_names_it(world, tmp_path, capfd):
@@ -162,11 +245,31 @@ def test_a_file_that_is_no_checkpoint_is_one_line_that_names_it(world, tmp_path,
     assert not (world / "refused").exists()
 
 
+def test_a_model_of_another_vocabulary_is_refused(world, capfd):
+    found = refused(argv(world, "refused", model=world / "bytes"), capfd)
+    assert "257" in found
+    assert "50257" in found
+    assert not (world / "refused").exists()
+
+
 def test_a_damaged_line_of_data_is_named_by_file_and_number(world, tmp_path, capfd):
     """The second line has no rejected answer."""
     path = write_rows(tmp_path / "own.jsonl", [*rows(1, random.Random(1)), {"chosen": "yes"}])
     found = refused(argv(world, "refused", pairs=path), capfd)
-    assert str(path) in found and "line 2" in found and "rejected" in found
+    assert str(path) in found
+    assert "line 2" in found
+    assert "rejected" in found
+
+
+def test_where_every_row_is_dropped_the_reasons_are_shown(world, tmp_path, capfd):
+    """First the audit, on stdout; then an error that says to look there."""
+    path = write_rows(tmp_path / "own.jsonl", odd_rows())
+    assert train.main(argv(world, "refused", pairs=path)) == 2
+    shown = capfd.readouterr()
+    assert (f"pairs  {path}: 5 rows, 0 kept, 3 not one turn, 1 prompts differ, 1 equal answers\n"
+            in shown.out)
+    assert "no pair is left for train: the lines above say" in shown.err
+    assert not (world / "refused").exists()
 
 
 def test_resuming_in_a_folder_that_is_no_run_is_one_line(world, tmp_path, capfd):
@@ -177,12 +280,30 @@ def test_resuming_in_a_folder_that_is_no_run_is_one_line(world, tmp_path, capfd)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_of_the_first_edition_is_refused_and_left_as_it_is(resume, world, tmp_path, capfd):
+    """Its config.json had no "format", its lines a "kind", its last.pt other names."""
+    out = tmp_path / "first"
+    out.mkdir()
+    config = {"options": {"beta": 0.1, "adapter_layers": 0}, "audit": {}, "versions": {}}
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "metrics.jsonl").write_text('{"kind": "val", "stage": "sft", "step": 0}\n')
+    torch.save({"stage": "sft", "metrics_bytes": 5}, out / "last.pt")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    options = {"resume": True} if resume else {}
+    found = refused(argv(world, out, **options), capfd)
+    assert str(out) in found
+    assert "another edition of this code (format 1), expected 2" in found
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_a_machine_without_git_trains_too(world, tmp_path, monkeypatch):
     """What git's absence says stands where the commit would."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    train.Run(train.parse(argv(world, "no_git"))).open({})
+    begin(argv(world, "no_git"))
     versions = json.loads((world / "no_git" / "config.json").read_text())["versions"]
-    assert "git" in versions["commit"] and "not found" in versions["commit"]
+    assert "git" in versions["commit"]
+    assert "not found" in versions["commit"]
 
 
 def test_a_run_that_diverges_ends_with_one_line_that_names_the_last_good_checkpoint(world, capfd):
@@ -190,134 +311,178 @@ def test_a_run_that_diverges_ends_with_one_line_that_names_the_last_good_checkpo
     out = world / "diverged"
     found = refused(argv(world, "diverged", sft_lr=1e30, warmup_share=0, sft_epochs=3,
                          batch_pairs=4, log_every=10, vals_per_epoch=1), capfd)
-    assert "finite" in found and str(out / "sft") in found
-    model = GPT2.from_pretrained(out / "sft")
-    assert all(p.isfinite().all() for p in model.parameters())
+    assert "finite" in found
+    assert str(out / "sft") in found
+    for weight in GPT2.from_pretrained(out / "sft").parameters():
+        assert weight.isfinite().all()
 
 
 # Whole runs.
 
 RUNS = {
-    "parallel": {},
-    "none": {"adapter": "none", "lr": 1e-3, "micro_pairs": 3},
-    "replace": {"adapter": "replace", "adapter_width": 20, "adapter_layers": 1},
-    "pretrained": {"adapter": "replace", "adapter_width": 32, "adapter_init": "pretrained",
-                   "sft_epochs": 0},
-    "overfit": {"lr": 0.05, "epochs": 12, "patience": 3, "log_every": 5, "beta": 1.0},
+    "parallel": {},            # with GPT-2's vocabulary
+    "none": BYTES | {"adapter": "none", "lr": 1e-3, "micro_pairs": 3},
+    "replace": BYTES | {"adapter": "replace", "adapter_width": 20},
+    "pretrained": BYTES | {"adapter": "replace", "adapter_width": 32,
+                           "adapter_init": "pretrained", "sft_epochs": 0},
+    "overfit": BYTES | {"lr": 0.03, "epochs": 12, "patience": 3, "log_every": 5, "beta": 1.0},
 }
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def a_run(request, world) -> tuple[str, Path, list[dict]]:
-    """Name, folder and metrics of a whole run."""
-    assert train.main(argv(world, request.param, **RUNS[request.param])) == 0
-    return request.param, world / request.param, lines_of(world / request.param)
+def a_run(request, world) -> SimpleNamespace:
+    """A whole run: its name, its folder, what it began with, its metrics, its screen."""
+    options = RUNS[request.param]
+    in_bytes = "model" in options
+    out = world / request.param
+    screen = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        if in_bytes:
+            bytes_as_tokens(patch)
+        with contextlib.redirect_stdout(screen):
+            assert train.main(argv(world, request.param, **options)) == 0
+    pairs = {name: tokens_of(world, name, in_bytes) for name in ("train", "val", "test")}
+    return SimpleNamespace(
+        name=request.param, out=out, model=world / ("bytes" if in_bytes else "gpt2"),
+        in_bytes=in_bytes, pairs=pairs, lines=lines_of(out), screen=screen.getvalue())
 
 
 def test_a_run_leaves_what_it_promises(a_run):
     """The files, whole ones only; and every number of the audit is that of the rows written."""
-    name, out, _ = a_run
-    left = {path.name for path in out.iterdir()}
-    assert left == {"config.json", "metrics.jsonl", "best", "last.pt"} | (
-        {"sft"} if name != "pretrained" else set())
-    assert {path.name for path in (out / "best").iterdir()} == {"config.json", "model.safetensors"}
-    config = json.loads((out / "config.json").read_text())
-    assert config["options"]["out"] == str(out) and set(config["options"]) == {
-        f.name for f in train.fields(train.Config)}
+    expected = {"config.json", "metrics.jsonl", "best", "last.pt"}
+    if a_run.name != "pretrained":
+        expected.add("sft")
+    assert {path.name for path in a_run.out.iterdir()} == expected
+    best_files = {path.name for path in (a_run.out / "best").iterdir()}
+    assert best_files == {"config.json", "model.safetensors"}
+
+    config = json.loads((a_run.out / "config.json").read_text())
+    assert config == data.read_run(a_run.out)
+    assert config["options"]["out"] == str(a_run.out)
+    assert set(config["options"]) == {option.name for option in dataclasses.fields(train.Config)}
     assert config["versions"]["torch"] == torch.__version__
     assert config["versions"]["python"] == sys.version
+
     audit = config["audit"]
-    files = {key: audit[key] for key in audit if key.endswith(".gz")}
+    files = [name for name in audit if name.endswith(".gz")]
     assert len(files) == 4
-    for key, counts in files.items():
-        assert counts == ({"rows": TESTS, "kept": TESTS} if "test" in Path(key).name else {
-            "rows": ROWS + 5, "kept": ROWS, "not one turn": 3, "prompts differ": 1,
-            "equal answers": 1})
+    for name in files:
+        if "test" in Path(name).name:
+            assert audit[name] == {"rows": TESTS, "kept": TESTS}
+        else:
+            assert audit[name] == {"rows": ROWS + 5, "kept": ROWS, "not one turn": 3,
+                                   "prompts differ": 1, "equal answers": 1}
     assert audit["test"]["kept"] == 2 * TESTS
     assert audit["train"]["kept"] + audit["val"]["kept"] == 2 * ROWS
 
 
+DPO_NAMES = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+             "logps/chosen", "logps/rejected", "chosen_below_reference"}
+
+
 def test_the_metrics_have_the_names_of_the_field(a_run):
-    """Each line says kind, stage, step; DPO's the means that others log under the same names."""
-    name, _, lines = a_run
-    dpo_names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
-                 "rewards/accuracies", "logps/chosen", "logps/rejected", "chosen_below_reference"}
-    update = {"grad_norm", "lr", "skipped", *CLOCK}
-    where = {"kind", "stage", "step"}
-    for stage, means in (("sft", {"loss"}), ("dpo", dpo_names)):
-        if stage == "dpo" or name != "pretrained":
-            assert of(lines, stage, "train") and of(lines, stage, "val")
-            for line in of(lines, stage, "train"):
-                assert set(line) == where | means | update
-            for line in of(lines, stage, "val"):
-                assert set(line) == where | means | {"best", "best_step"}
-    (test,) = of(lines, "dpo", "test")
-    assert set(test) >= where | dpo_names | {"pairs"} and test["pairs"] == 2 * TESTS
-    assert lines[-1] == test and of(lines, "dpo", "val")[0]["step"] == 0
-    for line in of(lines, "dpo", "val"):
-        assert line["rewards/margins"] == pytest.approx(
-            line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
+    """Each line says event, stage, step; DPO's the means that others log under the same names."""
+    where = {"event", "stage", "step"}
+    stages = {"sft": {"loss"}, "dpo": DPO_NAMES}
+    if a_run.name == "pretrained":
+        del stages["sft"]
+    for stage, means in stages.items():
+        updates = of(a_run.lines, stage, "train")
+        vals = of(a_run.lines, stage, "val")
+        assert updates
+        assert vals
+        for line in updates:
+            assert set(line) == where | means | {"grad_norm", "lr", "skipped", *CLOCK}
+        for line in vals:
+            assert set(line) == where | means | {"best", "best_step"}
+    (test,) = of(a_run.lines, "dpo", "test")
+    assert set(test) == where | DPO_NAMES | {"pairs", "accuracy_low", "accuracy_high"}
+    assert test["pairs"] == 2 * TESTS
+    assert a_run.lines[-1] == test
+    assert of(a_run.lines, "dpo", "val")[0]["step"] == 0
+    for line in of(a_run.lines, "dpo", "val"):
+        difference = line["rewards/chosen"] - line["rewards/rejected"]
+        assert line["rewards/margins"] == pytest.approx(difference, abs=1e-6)
 
 
 def test_before_the_first_update_the_policy_is_the_reference(a_run):
-    """The first validation of DPO: ln 2 and no rewards."""
-    first = of(a_run[2], "dpo", "val")[0]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["step"] == 0
-    assert [first["rewards/chosen"], first["rewards/rejected"]] == pytest.approx([0, 0], abs=1e-6)
+    """The first validation of DPO: ln 2 and no rewards. The screen says it, too."""
+    first = of(a_run.lines, "dpo", "val")[0]
+    assert first["step"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-6)
+    assert first["rewards/rejected"] == pytest.approx(0, abs=1e-6)
+    assert "start  the policy equals its reference | loss 0.6931" in a_run.screen
 
 
-def test_a_replaced_mlp_is_what_sft_trains(a_run, world):
-    """The reference has the small MLP: of the other neurons of the upper block zeros are left."""
-    name, out, _ = a_run
-    if name == "replace":
-        before, sft = (GPT2.from_pretrained(path) for path in (world / "gpt2", out / "sft"))
-        columns = [model.h[1].mlp.c_proj.weight.abs().sum(0) for model in (before, sft)]
-        assert [(column > 0).sum() for column in columns] == [before.config.n_inner, 20]
+def test_a_run_ends_with_its_result_and_the_command_for_its_curves(a_run):
+    test = a_run.lines[-1]
+    result, curves = a_run.screen.splitlines()[-2:]
+    assert result == (f"result {a_run.out / 'best'} | test accuracy "
+                      f"{test['rewards/accuracies']:.3f}, 95% interval {test['accuracy_low']:.3f} "
+                      f"to {test['accuracy_high']:.3f}, on 8 pairs")
+    assert curves.endswith(f"python tests/curves.py {a_run.out}")
 
 
-def test_the_folder_best_holds_the_weights_of_the_best_step(a_run, world):
+def test_a_replaced_mlp_is_what_sft_trains(a_run):
+    """The reference has the small MLPs already, and so has the policy."""
+    if a_run.name == "replace":
+        neurons = []
+        for folder in (a_run.model, a_run.out / "sft", a_run.out / "best"):
+            neurons.append(GPT2.from_pretrained(folder).config.n_inner)
+        assert neurons == [64, 20, 20]
+
+
+def test_the_folder_best_holds_the_weights_of_the_best_step(a_run):
     """Its validation loss, computed anew from the file, is the least of all that were logged."""
-    name, out, lines = a_run
-    values = of(lines, "dpo", "val")
-    best = min(values, key=lambda line: line["loss"])
-    assert (values[-1]["best"], values[-1]["best_step"]) == (best["loss"], best["step"])
-    saved, options = torch.load(out / "last.pt"), json.loads((out / "config.json").read_text())
-    batch = data.flatten(pairs := tokens_of(world, "val"), range(len(pairs)))
-    objective = dpo.dpo_objective(saved["reference"]["val"], options["options"]["beta"])
-    policy = train.Policy(GPT2.from_pretrained(out / "best"))
-    found = dpo.means(dpo.val_step(policy, batch, objective))
-    assert {key: best[key] for key in found} == pytest.approx(found, rel=1e-4, abs=1e-4)
-    if name == "overfit":  # training went on after its best, and was stopped
-        assert 0 < best["step"] < values[-1]["step"]
-        assert [line["loss"] > best["loss"] for line in values[-4:]] == [False, True, True, True]
+    vals = of(a_run.lines, "dpo", "val")
+    best = min(vals, key=lambda line: line["loss"])
+    assert (vals[-1]["best"], vals[-1]["best_step"]) == (best["loss"], best["step"])
+
+    pairs = a_run.pairs["val"]
+    reference = torch.load(a_run.out / "last.pt")["reference"]["val"]
+    batch = data.pack(pairs, range(len(pairs)), reference)
+    beta = data.read_run(a_run.out)["options"]["beta"]
+
+    def loss_function(model: GPT2, batch: data.Batch) -> dict[str, torch.Tensor]:
+        return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference, beta)
+    found = dpo.val_step(GPT2.from_pretrained(a_run.out / "best"), [batch], loss_function)
+    assert set(found) == DPO_NAMES
+    for name, value in found.items():
+        assert best[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+    if a_run.name == "overfit":  # training went on after its best, and was stopped
+        assert 0 < best["step"] < vals[-1]["step"]
+        assert [line["loss"] > best["loss"] for line in vals[-4:]] == [False, True, True, True]
 
 
-def test_the_reference_is_the_model_after_sft(a_run, world):
+def test_the_reference_is_the_model_after_sft(a_run):
     """Its logps, kept beside the pairs, are those of sft/, or without SFT of the start."""
-    name, out, _ = a_run
-    start = GPT2.from_pretrained(world / "gpt2" if name == "pretrained" else out / "sft")
-    if name == "pretrained":
-        add_adapters(start, "replace", 32, "pretrained")
-    policy = train.Policy(start)
-    pairs = tokens_of(world, "test")
-    with torch.no_grad():
-        found = policy(data.flatten(pairs, range(len(pairs)))).view(2, -1).T
-    torch.testing.assert_close(torch.load(out / "last.pt")["reference"]["test"], found,
-                               rtol=1e-6, atol=1e-4)
+    if a_run.name == "pretrained":
+        start = add_adapters(GPT2.from_pretrained(a_run.model), "replace", 32, "pretrained")
+    else:
+        start = GPT2.from_pretrained(a_run.out / "sft")
+    saved = torch.load(a_run.out / "last.pt")["reference"]
+    assert set(saved) == {"train", "val", "test"}
+    for split, table in saved.items():
+        pairs = a_run.pairs[split]
+        with torch.no_grad():
+            found = dpo.packed_logps(start, data.pack(pairs, range(len(pairs)))).view(2, -1)
+        torch.testing.assert_close(table, found, rtol=1e-6, atol=1e-4)
 
 
-def test_only_what_is_to_train_has_trained(a_run, world):
+def test_only_what_is_to_train_has_trained(a_run):
     """Parallel adapters leave all of the model after SFT as it was: best/ holds it bit for bit."""
-    name, out, _ = a_run
-    start = world / "gpt2" if name == "pretrained" else out / "sft"
+    parallel = a_run.name in ("parallel", "overfit")
+    start = a_run.model if a_run.name == "pretrained" else a_run.out / "sft"
     before = load_file(start / "model.safetensors")
-    after = load_file(out / "best" / "model.safetensors")
-    for key in before:
-        if ".mlp." not in key:
-            assert torch.equal(before[key], after[key]) == (name in ("parallel", "overfit")), key
-    if name in ("parallel", "overfit"):  # the old neurons come first, the adapter's 64 after them
-        assert torch.equal(before["h.1.mlp.c_fc.weight"], after["h.1.mlp.c_fc.weight"][:, :64])
-        assert after["h.1.mlp.c_fc.weight"].shape == (16, 128)
+    after = load_file(a_run.out / "best" / "model.safetensors")
+    for name in before:
+        if ".mlp." not in name:
+            assert torch.equal(before[name], after[name]) == parallel, name
+    if parallel:               # the old neurons come first, the adapter's 64 after them
+        weight = after["h.1.mlp.c_fc.weight"]
+        assert torch.equal(before["h.1.mlp.c_fc.weight"], weight[:, :64])
+        assert weight.shape == (16, 128)
         assert after["h.1.mlp.c_proj.weight"][64:].any()
 
 
@@ -327,10 +492,12 @@ def test_own_pairs_train_too(world, capfd):
                            sft_epochs=0, batch_pairs=16)) == 0
     audit = json.loads((world / "own" / "config.json").read_text())["audit"]
     assert audit[str(world / "pairs.jsonl")] == {"rows": 40, "kept": 40}
-    kept = [audit[part]["kept"] for part in ("train", "val", "test")]
-    assert sum(kept) == 40 and min(kept) >= 2
+    kept = [audit[split]["kept"] for split in ("train", "val", "test")]
+    assert sum(kept) == 40
+    assert min(kept) >= 2
     shown = capfd.readouterr().out
-    assert f"{kept[0]:,} kept" in shown and "test accuracy" in shown
+    assert f"{kept[0]:,} kept" in shown
+    assert "test accuracy" in shown
 
 
 def test_transformers_loads_what_a_run_leaves(world):
@@ -347,48 +514,285 @@ def test_transformers_loads_what_a_run_leaves(world):
         assert theirs.config.n_inner == inner
 
 
+def test_the_smallest_beta_runs_since_the_check_of_the_start_compares_nats(world, monkeypatch):
+    """Beta scales the rewards, and not what rounding does to log-probabilities."""
+    bytes_as_tokens(monkeypatch)
+    assert train.main(argv(world, "beta", beta=1e-4, sft_epochs=0, **BYTES)) == 0
+
+
+def test_a_reference_that_is_another_model_stops_a_run_before_dpo(world, monkeypatch, capfd):
+    """A reference that is off by 0.01 nats of some 90: with a beta of 1e-4 no reward shows it."""
+    real = dpo.reference_logps
+
+    def of_another_model(*arguments):
+        return real(*arguments) + 0.01
+    monkeypatch.setattr(dpo, "reference_logps", of_another_model)
+    found = refused(argv(world, "stale", beta=1e-4, sft_epochs=0), capfd)
+    assert "differ from the reference's by 0.01 nats on average" in found
+    assert not (world / "stale" / "last.pt").exists()
+
+
+def test_no_pass_holds_more_pairs_than_micro_pairs(world, monkeypatch):
+    """Neither updates nor validations, nor the reference's passes, nor the test's."""
+    real = dpo.packed_logps
+    sizes = []
+
+    def packed_logps(model, batch, piece):
+        sizes.append(len(batch.pairs))
+        return real(model, batch, piece)
+    monkeypatch.setattr(dpo, "packed_logps", packed_logps)
+    bytes_as_tokens(monkeypatch)
+    assert train.main(argv(world, "micro", micro_pairs=3, **BYTES)) == 0
+    assert max(sizes) == 3
+    train_pairs = len(tokens_of(world, "train", in_bytes=True))
+    val_pairs = len(tokens_of(world, "val", in_bytes=True))
+    passes = (2 * train_pairs            # updates of SFT and DPO
+              + 4 * val_pairs            # validations before and after each of them
+              + train_pairs + val_pairs + 2 * TESTS  # the reference
+              + 3 + 3                    # the start: the metrics, and the check
+              + 2 * TESTS)               # the test
+    assert sum(sizes) == passes
+
+
+def test_the_interval_of_a_perfect_result_on_two_pairs_is_wide(world, tmp_path, monkeypatch, capfd):
+    """Two of two: Wilson's interval begins at 2 / (2 + 1.96^2) = 0.342."""
+    rng = random.Random(2)
+    write_rows(tmp_path / "helpful-base" / "train.jsonl.gz", rows(20, rng))
+    write_rows(tmp_path / "helpful-base" / "test.jsonl.gz", rows(2, rng))
+    real = dpo.val_step
+
+    def all_right(*arguments):
+        return real(*arguments) | {"rewards/accuracies": 1.0}
+    monkeypatch.setattr(dpo, "val_step", all_right)
+    out = tmp_path / "run"
+    assert train.main(argv(world, out, hh_dir=tmp_path, subsets="helpful-base",
+                           sft_epochs=0, batch_pairs=16)) == 0
+    assert ("test accuracy 1.000, 95% interval 0.342 to 1.000, on 2 pairs"
+            in capfd.readouterr().out)
+    test = lines_of(out)[-1]
+    assert test["accuracy_low"] == pytest.approx(2 / (2 + 1.959964**2), rel=1e-9)
+    assert test["accuracy_high"] == 1.0
+
+
+# A folder belongs to one run.
+
 def test_a_run_is_never_resumed_with_other_options_nor_overwritten(world, capfd):
     """Refused: without --resume, and with it if an option differs, which is named."""
-    train.Run(train.parse(argv(world, "begun"))).open({})
+    begin(argv(world, "begun"))
     before = (world / "begun" / "config.json").read_bytes()
-    found = refused(argv(world, "begun"), capfd)
-    assert "begun" in found and "--resume" in found and "--out" in found
+    begin([*argv(world, "begun"), "--resume"])
     found = refused(argv(world, "begun", resume=True, beta=0.25, seed=7), capfd)
     for words in ("--beta 0.1, not 0.25", "--seed 0, not 7"):
         assert words in found
     assert "--lr" not in found
     found = refused(argv(world, "begun", resume=True), capfd)  # it began with no pairs at all
-    assert "other pairs" in found and "--beta" not in found
+    assert "other numbers of pairs" in found
+    assert "--beta" not in found
     assert (world / "begun" / "config.json").read_bytes() == before
+
+    with pytest.raises(ValueError, match=r"expected --resume .* or another --out"):
+        begin(argv(world, "begun"))
+
+
+def test_a_finished_run_is_not_overwritten(a_run, world, monkeypatch, capfd):
+    """The same command without --resume is one line that names the folder and both ways on."""
+    if a_run.in_bytes:
+        bytes_as_tokens(monkeypatch)
+    before = (a_run.out / "metrics.jsonl").read_bytes()
+    found = refused(argv(world, a_run.name, **RUNS[a_run.name]), capfd)
+    assert str(a_run.out) in found
+    assert "--resume" in found
+    assert "--out" in found
+    assert (a_run.out / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_run_keeps_the_dtype_that_auto_was_where_it_began(world, monkeypatch):
     """Elsewhere auto may be another one, and the weights would no longer be those of one run."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     for native, name in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {
-            "avx512_bf16": native})
-        words = argv(world, f"auto_{name}", dtype="auto")
-        train.Run(train.parse(words)).open({})
+        capabilities = {"avx512_bf16": native}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        begin(argv(world, f"auto_{name}", dtype="auto"))
         config = json.loads((world / f"auto_{name}" / "config.json").read_text())
         assert config["options"]["dtype"] == name
     with pytest.raises(ValueError, match="--dtype bfloat16, not float32"):
-        train.Run(train.parse([*argv(world, "auto_bfloat16", dtype="auto"), "--resume"])).open({})
+        begin([*argv(world, "auto_bfloat16", dtype="auto"), "--resume"])
 
 
-def test_a_model_of_another_vocabulary_is_refused(world, capfd):
-    found = refused(argv(world, "refused", model=world / "bytes"), capfd)
-    assert "257" in found and "50257" in found and not (world / "refused").exists()
+@pytest.mark.parametrize(("capability", "expected"), [
+    ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_auto_is_what_a_gpu_computes_natively(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator",
+                        lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert train.choose_machine(train.parse([])).dtype == expected
+    assert train.choose_machine(train.parse(["--dtype", "float32"])).dtype == torch.float32
 
 
-# Processes: ended at any moment, and several at once.
+# Full disks, and too little memory.
 
-SERVER = """
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("file", ["last.pt", "sft/model.safetensors", "best/config.json"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(
+        file, world, tmp_path, monkeypatch, capfd):
+    """Each file is first written as <name>.part; here that is a device without space."""
+    bytes_as_tokens(monkeypatch)
+    part = tmp_path / f"{file}.part"
+    part.parent.mkdir(exist_ok=True)
+    part.symlink_to("/dev/full")
+    words = argv(world, tmp_path, **BYTES)
+    found = refused(words, capfd)
+    assert "No space left on device" in found
+    assert "free some space" in found
+    assert "--resume" in found
+    assert not (tmp_path / file).exists()
+
+    part.unlink()
+    assert train.main([*words, "--resume"]) == 0
+    assert (tmp_path / file).exists()
+
+
+def test_a_full_disk_leaves_the_last_save_as_it_was(world, tmp_path, monkeypatch, capfd):
+    """The disk fills up at the third save: the second is still there, whole."""
+    real = train.write_whole
+    saves = []
+
+    def write_whole(path, parts):
+        if path.name == "last.pt":
+            saves.append(path)
+        if len(saves) == 3:
+            part = path.with_name(path.name + ".part")
+            part.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(path, parts)
+    monkeypatch.setattr(train, "write_whole", write_whole)
+    bytes_as_tokens(monkeypatch)
+    found = refused(argv(world, tmp_path, save_every=1, **BYTES), capfd)
+    assert "--resume" in found
+    assert torch.load(tmp_path / "last.pt")["state"]["step"] == 1
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 14 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate"
+                 " memory: you tried to allocate 9 bytes"),
+    MemoryError(),
+], ids=["GPU", "CPU", "Python"])
+def test_too_little_memory_is_one_line_that_says_what_needs_less(error, world, tmp_path,
+                                                                 monkeypatch, capfd):
+    def train_step(*arguments):
+        raise error
+    monkeypatch.setattr(dpo, "train_step", train_step)
+    found = refused(argv(world, tmp_path), capfd)
+    assert "out of memory" in found
+    assert "--micro_pairs" in found
+    assert "--out" in found                            # --resume takes no other --micro_pairs
+
+
+def test_any_other_error_is_a_fault_of_the_code_and_comes_through(world, tmp_path, monkeypatch):
+    def train_step(*arguments):
+        raise RuntimeError("shapes do not match")
+    monkeypatch.setattr(dpo, "train_step", train_step)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train.main(argv(world, tmp_path))
+
+
+# Stops, and going on.
+
+# Saves, validations and lines come at different updates: each may be the last before a stop.
+STOPPED = BYTES | {"adapter_width": 8, "epochs": 6, "log_every": 3, "batch_pairs": 4,
+                   "save_every": 4}
+
+
+def stop_before(update: int, words: list[str], monkeypatch) -> int:
+    """Ctrl-C just before the process makes its so manieth update. Returns main's exit code."""
+    real = dpo.train_step
+    calls = []
+
+    def train_step(*arguments):
+        calls.append(1)
+        if len(calls) == update:
+            raise KeyboardInterrupt
+        return real(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "train_step", train_step)
+        return train.main(words)
+
+
+def assert_same(out: Path, other: Path) -> None:
+    """Bit-identical, but for the clock."""
+    assert lines_of(out, *CLOCK) == lines_of(other, *CLOCK)
+    assert_same_weights(out, other)
+
+
+def assert_same_weights(out: Path, other: Path) -> None:
+    """Bit-identical: of SFT, of the best step, of the last step with its optimizer."""
+    assert (out / "sft").exists() == (other / "sft").exists()
+    for folder in ("sft", "best"):
+        file = Path(folder, "model.safetensors")
+        if (out / folder).exists():
+            assert (out / file).read_bytes() == (other / file).read_bytes(), file
+    one = torch.load(out / "last.pt")
+    two = torch.load(other / "last.pt")
+    assert one["model"]
+    assert one["model"].keys() == two["model"].keys()
+    for name in one["model"]:
+        assert torch.equal(one["model"][name], two["model"][name]), name
+    moments = one["optimizer"]["state"]
+    assert moments.keys() == two["optimizer"]["state"].keys()
+    for number, state in moments.items():
+        for name in state:
+            assert torch.equal(state[name], two["optimizer"]["state"][number][name]), name
+    for name in ("stage", "state", "scaler"):
+        assert one[name] == two[name]
+
+
+def test_every_kind_of_run_goes_on_after_a_stop_in_dpo(a_run, world, tmp_path, monkeypatch):
+    """DPO's start is made anew: of random neurons, of the strongest, or of SFT's weights alone.
+
+    SFT has 4 updates, so the stop is before DPO's third. The last save was after its second. When a
+    run saves changes nothing else, so save_every need not be that of the other run.
+    """
+    if a_run.in_bytes:
+        bytes_as_tokens(monkeypatch)
+    update = 3 if a_run.name == "pretrained" else 7
+    options = RUNS[a_run.name] | {"save_every": 2}
+    words = argv(world, tmp_path, resume=True, **options)
+    assert stop_before(update, words, monkeypatch) == 130
+    saved = torch.load(tmp_path / "last.pt")
+    assert (saved["stage"], saved["state"]["step"]) == ("dpo", 2)
+    assert train.main(words) == 0
+    assert_same(tmp_path, a_run.out)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_and_goes_on_bit_for_bit(dtype, world, tmp_path, monkeypatch):
+    """float16's gradients are scaled; the scale is in last.pt, and when it grows next."""
+    bytes_as_tokens(monkeypatch)
+    options = STOPPED | {"dtype": dtype, "beta": 1.0, "lr": 0.02, "epochs": 3}
+    whole = tmp_path / "whole"
+    assert train.main(argv(world, whole, **options)) == 0
+    updates = of(lines_of(whole), "dpo", "train")
+    assert updates[-1]["loss"] < 0.8 * math.log(2)
+    assert of(lines_of(whole), "dpo", "val")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    saved = torch.load(whole / "last.pt")
+    for weight in saved["model"].values():
+        assert weight.dtype == torch.float32
+    if dtype == "float16":
+        assert saved["scaler"]["scale"] > 1
+        assert saved["scaler"]["_growth_tracker"] > 0
+
+    words = argv(world, tmp_path / "stopped", resume=True, **options)
+    assert stop_before(14, words, monkeypatch) == 130  # before the sixth of DPO
+    assert train.main(words) == 0
+    assert_same(tmp_path / "stopped", whole)
+
+
+SERVER = r"""
 import gc, json, os, signal, sys
 import tiktoken, torch, torch._dynamo, train
 from pathlib import Path
-# Bytes as tokens, as in the demo: GPT-2's vocabulary would take most of the time.
-encoding = tiktoken.Encoding("bytes", pat_str=r"[\\s\\S]", special_tokens={"<|endoftext|>": 256},
-                             mergeable_ranks={bytes([i]): i for i in range(256)})
+encoding = train.data.encoding_of(demo=True)
 tiktoken.get_encoding = lambda name: encoding
 torch.set_num_threads(1)
 with torch.device("meta"):  # what torch imports at its first use, imported once for all
@@ -401,7 +805,8 @@ print(0, flush=True)
 
 def sign_at(owner, name, count, number):
     # Send this process a signal just before call number `count` of owner.name.
-    real, calls = getattr(owner, name), []
+    real = getattr(owner, name)
+    calls = []
     def call(*args, **options):
         calls.append(1)
         if len(calls) == count:
@@ -409,11 +814,10 @@ def sign_at(owner, name, count, number):
         return real(*args, **options)
     setattr(owner, name, call)
 
-def child(log, argv, env, at):
+def child(log, argv, at):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ.update(env)
     if at:
         sign_at(train.dpo if at[0] == "train_step" else Path, *at)
     code = train.main(argv)
@@ -423,16 +827,19 @@ def child(log, argv, env, at):
 for line in sys.stdin:
     job = json.loads(line)
     if "wait" in job:
-        print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
-    elif pid := os.fork():
-        print(pid, flush=True)
-    else:
+        _, status = os.waitpid(job["wait"], 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+        continue
+    process = os.fork()
+    if process == 0:
         child(**job)
+    print(process, flush=True)
 """
 
 
 class Jobs:
     """Begins runs in processes of their own, and waits for them."""
+
     def __init__(self):
         folder = Path(__file__).resolve().parent.parent
         self.server = subprocess.Popen(
@@ -445,27 +852,17 @@ class Jobs:
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
-    def begin(self, words: list[str], env: dict | None = None, at: tuple = ()) -> int:
+    def begin(self, words: list[str], at: tuple = ()) -> int:
         """Its process id. `at`: (function, n, signal), sent to itself before the n-th call."""
         log = words[words.index("--out") + 1] + ".log"
-        return self.ask({"log": log, "argv": words, "env": env or {}, "at": at})
+        return self.ask({"log": log, "argv": words, "at": at})
 
     def wait(self, process: int) -> int:
         """The exit code of the process; minus the signal's number where it was killed."""
         return self.ask({"wait": process})
 
     def run(self, words: list[str], at: tuple = ()) -> int:
-        return self.wait(self.begin(words, at=at))
-
-    def together(self, words: list[str], at: tuple = ((), ())) -> list[int]:
-        """The exit codes of two processes that share a run, as torchrun begins them."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-        begun = [self.begin(words, env | {"RANK": rank, "LOCAL_RANK": rank}, at[int(rank)])
-                 for rank in "01"]
-        return [self.wait(process) for process in begun]
+        return self.wait(self.begin(words, at))
 
 
 @pytest.fixture(scope="module")
@@ -476,139 +873,125 @@ def jobs() -> Iterator[Jobs]:
     jobs.server.wait()
 
 
-# Saves, validations and lines come at different updates: each may be the last before a stop.
-SHORT = {"adapter_width": 8, "max_tokens": 64, "max_prompt_tokens": 42, "epochs": 2, "log_every": 3}
-STOPPED = SHORT | {"batch_pairs": 4, "save_every": 4, "epochs": 6}
-
-
 @pytest.fixture(scope="module")
 def undisturbed(world, jobs) -> Path:
     """A run to compare with."""
-    assert jobs.run(argv(world, "undisturbed", model=world / "bytes", **STOPPED)) == 0
+    assert jobs.run(argv(world, "undisturbed", **STOPPED)) == 0
     return world / "undisturbed"
 
 
-def assert_same(out: Path, other: Path) -> None:
-    """Bit-identical, but for the clock."""
-    assert lines_of(out, *CLOCK) == lines_of(other, *CLOCK)
-    assert_same_weights(out, other)
-
-
-def assert_near(lines: list[dict], others: list[dict], rel: float) -> None:
-    """The same lines, with numbers that differ by rounding."""
-    for one, two in zip(lines, others, strict=True):
-        assert one.keys() == two.keys()
-        for key, value in one.items():
-            near = value if isinstance(value, str) else pytest.approx(value, rel=rel, abs=rel / 10)
-            assert two[key] == near, (key, one, two)
-
-
-def assert_same_weights(out: Path, other: Path) -> None:
-    """Bit-identical: of SFT, of the best step, of the last step with its optimizer."""
-    for folder in ("sft", "best"):
-        file = Path(folder, "model.safetensors")
-        assert (out / file).read_bytes() == (other / file).read_bytes(), file
-    one, two = (torch.load(folder / "last.pt") for folder in (out, other))
-    assert one["model"].keys() == two["model"].keys() and one["model"]
-    assert all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
-    assert one["optimizer"]["state"].keys() == two["optimizer"]["state"].keys()
-    for key, state in one["optimizer"]["state"].items():
-        assert all(torch.equal(state[name], two["optimizer"]["state"][key][name]) for name in state)
-
-
 def log_of(out: Path) -> str:
-    return log.read_text() if (log := Path(f"{out}.log")).exists() else ""
+    log = Path(f"{out}.log")
+    return log.read_text() if log.exists() else ""
 
 
 def progress(out: Path) -> int:
     """Lines that tell of updates or validations."""
-    return sum(line.startswith(("step", "val")) for line in log_of(out).splitlines())
+    lines = log_of(out).splitlines()
+    return len([line for line in lines if line.startswith(("train ", "val "))])
 
 
-@pytest.mark.parametrize("moments", [
-    # before the n-th rename of a file to its final name, or update: mid-save, between two saves
-    [("replace", 4), ("replace", 7), ("train_step", 8), ("replace", 6), ("train_step", 6)],
-    [3, 4, 3],  # up to a few updates after as many lines of progress
-], ids=["at the worst moments", "at random moments"])
-def test_a_killed_and_resumed_run_ends_as_if_it_had_not_been(moments, undisturbed, world, jobs):
-    """SIGKILL, several times over; --resume each time; the same bits and the same metrics."""
-    name, dice = f"killed_{type(moments[0]).__name__}", random.Random(8)
-    words = argv(world, name, resume=True, model=world / "bytes", **STOPPED)
-    for moment in moments:
-        if isinstance(moment, tuple):
-            code = jobs.run(words, (*moment, signal.SIGKILL))
-        else:
-            before, process = progress(world / name), jobs.begin(words)
-            end = time.monotonic() + 60
-            while progress(world / name) < before + moment:
-                assert time.monotonic() < end, log_of(world / name)
-                time.sleep(0.002)
-            time.sleep(dice.uniform(0, 0.03))
-            os.kill(process, signal.SIGKILL)
-            code = jobs.wait(process)
-        assert code == -signal.SIGKILL, log_of(world / name)
-    assert jobs.run(words) == 0, log_of(world / name)
-    assert_same(world / name, undisturbed)
+def wait_for_progress(out: Path, lines: int) -> None:
+    end = time.monotonic() + 60
+    while progress(out) < lines:
+        assert time.monotonic() < end, log_of(out)
+        time.sleep(0.002)
+
+
+def test_a_run_that_is_killed_at_the_worst_moments_ends_as_if_it_had_not_been(
+        undisturbed, world, jobs):
+    """SIGKILL, several times over; --resume each time; the same bits and the same metrics.
+
+    Before the n-th rename of a file to its final name, or before the n-th update: so the kill comes
+    in the middle of a save, between the best weights' two files, and between two saves.
+    """
+    out = world / "killed"
+    words = argv(world, "killed", resume=True, **STOPPED)
+    steps = []
+    for moment in (("replace", 4), ("replace", 7), ("train_step", 8), ("replace", 6),
+                   ("train_step", 6)):
+        assert jobs.run(words, (*moment, signal.SIGKILL)) == -signal.SIGKILL, log_of(out)
+        saved = torch.load(out / "last.pt")
+        steps.append((saved["stage"], saved["state"]["step"]))
+    assert steps == [("sft", 0), ("sft", 8), ("dpo", 4), ("dpo", 8), ("dpo", 12)]
+    assert jobs.run(words) == 0, log_of(out)
+    assert_same(out, undisturbed)
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
+        undisturbed, world, jobs):
+    """SIGKILL up to 0.03 s after 3 or 4 more lines of progress."""
+    out = world / "killed_at_random"
+    words = argv(world, out, resume=True, **STOPPED)
+    dice = random.Random(8)
+    for lines in (3, 4, 3):
+        before = progress(out)
+        process = jobs.begin(words)
+        wait_for_progress(out, before + lines)
+        time.sleep(dice.uniform(0, 0.03))
+        os.kill(process, signal.SIGKILL)
+        assert jobs.wait(process) == -signal.SIGKILL, log_of(out)
+    assert jobs.run(words) == 0, log_of(out)
+    assert_same(out, undisturbed)
 
 
 def test_ctrl_c_is_a_kill_with_a_word_on_how_to_go_on(undisturbed, world, jobs):
     """Exit code 130; what is on disk is whole at any moment, so the resumed run ends the same."""
-    words = argv(world, "stopped", resume=True, model=world / "bytes", **STOPPED)
-    for update, number, code in ((8, signal.SIGINT, 130), (7, signal.SIGTERM, -15)):
-        assert jobs.run(words, ("train_step", update, number)) == code, log_of(world / "stopped")
-    assert log_of(world / "stopped").count("--resume goes on") == 1
-    assert jobs.run(words) == 0 and "Traceback" not in log_of(world / "stopped")
-    assert_same(world / "stopped", undisturbed)
+    out = world / "stopped"
+    words = argv(world, "stopped", resume=True, **STOPPED)
+    assert jobs.run(words, ("train_step", 8, signal.SIGINT)) == 130, log_of(out)
+    assert jobs.run(words, ("train_step", 7, signal.SIGTERM)) == -signal.SIGTERM, log_of(out)
+    assert log_of(out).count("--resume goes on") == 1
+    assert jobs.run(words) == 0, log_of(out)
+    assert "Traceback" not in log_of(out)
+    assert_same(out, undisturbed)
 
 
-# Six pairs a batch, so that the last of an epoch has one: the second process has none of it.
-SHARED = SHORT | {"batch_pairs": 6, "micro_pairs": 2, "save_every": 2}
+def test_a_folder_in_which_a_run_is_at_work_is_refused_until_it_ends(undisturbed, world, jobs):
+    """A second process is refused with one line; when the first was killed, --resume goes on."""
+    out = world / "busy"
+    words = argv(world, "busy", resume=True, **STOPPED)
+    first = jobs.begin(words)
+    wait_for_progress(out, 4)
+    os.kill(first, signal.SIGSTOP)                     # it holds the folder, and waits
+    before = (out / "metrics.jsonl").read_bytes()
+    assert jobs.run(words) == 2, log_of(out)
+    assert (out / "metrics.jsonl").read_bytes() == before
+    last = log_of(out).splitlines()[-1]
+    assert last == (f"error  {out}: another run writes there: wait for it, or take another --out")
+    assert "Traceback" not in log_of(out)
+
+    os.kill(first, signal.SIGKILL)
+    assert jobs.wait(first) == -signal.SIGKILL
+    assert jobs.run(words) == 0, log_of(out)
+    assert_same(out, undisturbed)
 
 
-@pytest.fixture(scope="module")
-def shared(world, jobs) -> Path:
-    words = argv(world, "shared", model=world / "bytes", **SHARED)
-    assert jobs.together(words) == [0, 0], log_of(world / "shared")
-    return world / "shared"
-
-
-def test_two_processes_train_as_one_does(shared, world, jobs):
-    """The same total batch: losses, metrics and weights, also where a process has no pair."""
-    assert len(tokens_of(world, "train")) % SHARED["batch_pairs"] == 1
-    options = SHARED | {"micro_pairs": 32}
-    assert jobs.run(argv(world, "alone", model=world / "bytes", **options)) == 0
-    assert_near(lines_of(world / "alone", *CLOCK), lines_of(shared, *CLOCK), 1e-5)
-    for folder in ("sft", "best"):
-        one, two = (load_file(out / folder / "model.safetensors")
-                    for out in (world / "alone", shared))
-        whole = torch.cat([p.flatten() for p in one.values()])
-        off = torch.cat([(one[key] - two[key]).flatten() for key in one])
-        assert off.norm() <= 1e-5 * whole.norm(), folder
-        for key in one:  # biases, too, that began at 0: all of them is updates
-            assert (one[key] - two[key]).norm() <= 1e-4 * one[key].norm(), (folder, key)
-
-
-def test_two_processes_go_on_as_if_they_had_not_been_killed(shared, world, jobs):
-    """Stopped between two lines: what each had summed up for the next line isn't counted twice."""
-    words = argv(world, "again", resume=True, model=world / "bytes", **SHARED)
-    at = ("train_step", 5, signal.SIGKILL)
-    assert jobs.together(words, (at, at)) == [-9, -9]
-    assert jobs.together(words) == [0, 0], log_of(world / "again")
-    assert_near(lines_of(shared, *CLOCK), lines_of(world / "again", *CLOCK), 1e-9)
-    assert_same_weights(world / "again", shared)
-
-
-# The demo's world, and Policy.
+# The demo's world, and the log-probabilities of a real file's pairs.
 
 def test_the_demo_draws_its_pairs_by_the_rule():
     """Preferred answers obey in 1 / (1 + exp(-4)) = 98.2% of the pairs."""
     pairs = data.demo_pairs(20_000, 3)
-    assert data.demo_pairs(20_000, 3) == pairs != data.demo_pairs(20_000, 4)
-    assert sum("!" in pair.chosen for pair in pairs) / 20_000 == pytest.approx(0.982, abs=0.004)
+    assert data.demo_pairs(20_000, 3) == pairs
+    assert data.demo_pairs(20_000, 4) != pairs
+    obeying = len([pair for pair in pairs if "!" in pair.chosen])
+    assert obeying / 20_000 == pytest.approx(0.982, abs=0.004)
     for pair in pairs:
         assert pair.chosen[:2] == pair.rejected[:2]
         assert {pair.chosen[2:], pair.rejected[2:]} == {"!", "."}
-        assert pair.prompt.startswith(data.HUMAN) and pair.prompt.endswith(data.ASSISTANT)
+        assert pair.prompt.startswith(data.HUMAN)
+        assert pair.prompt.endswith(data.ASSISTANT)
+
+
+def test_the_demos_sft_shows_both_answers_equally_often(world):
+    """Pairs 1, 3, 5, ... show the rejected answer; so SFT can't learn which one is preferred."""
+    pairs = tokens_of(world, "train")[:4]
+    shown = train.half_swapped({"train": pairs})["train"]
+    for number in (0, 2):
+        assert shown[number] is pairs[number]
+    for number in (1, 3):
+        assert shown[number].chosen is pairs[number].rejected
+        assert shown[number].prompt is pairs[number].prompt
 
 
 @pytest.mark.parametrize(("answer", "formed"), [
@@ -621,14 +1004,16 @@ def test_a_well_formed_answer_of_the_demo_is_a_digit_and_a_mark(answer, formed):
 
 
 @pytest.mark.parametrize("sides", [("chosen", "rejected"), ("chosen",)])
-def test_the_policy_equals_plain_rows(world, sides):
+def test_a_packed_batch_equals_plain_rows(world, sides):
     """Each response alone behind its prompt, float64: the same logp, summed over its tokens."""
-    model, pairs = GPT2.from_pretrained(world / "gpt2").double(), tokens_of(world, "train")[:5]
-    found = train.Policy(model)(data.flatten(pairs, range(5), sides))
+    model = GPT2.from_pretrained(world / "gpt2").double()
+    pairs = tokens_of(world, "train")[:5]
+    found = dpo.packed_logps(model, data.pack(pairs, range(5), sides=sides))
     expected = []
     for side in sides:
         for pair in pairs:
-            prompt, response = pair.prompt.tolist(), getattr(pair, side).tolist()
-            logp = model(torch.tensor([prompt + response]))[0, len(prompt) - 1:-1].log_softmax(-1)
-            expected.append(sum(row[token] for row, token in zip(logp, response, strict=True)))
+            response = getattr(pair, side).tolist()
+            row = torch.tensor([pair.prompt.tolist() + response])
+            logps = model(row)[0].log_softmax(-1)[len(pair.prompt) - 1:-1]
+            expected.append(logps.gather(1, torch.tensor(response)[:, None]).sum())
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-9)
