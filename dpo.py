@@ -100,7 +100,9 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32 if it was in bfloat16 or float16. float32 and float64 stay as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return x.float()
+    return x
 
 
 @torch.no_grad()
@@ -131,10 +133,10 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
 
 
 def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Tensor]:
-    """The DPO loss of a batch, and what tells whether training goes well: (B,) each.
+    """The DPO loss, and what tells whether training goes well: a dict of (B,) tensors.
 
-    policy, reference (2B,): logps in nats, chosen first. The names are those of trl, so that runs
-    can be compared. Only "loss" carries a gradient.
+    policy, reference (2B,): logps in nats, chosen first. The names, but for the last, are trl's, so
+    that runs can be compared. Only "loss" carries a gradient.
     """
     policy_chosen, policy_rejected = policy.chunk(2)
     reference_chosen, reference_rejected = reference.chunk(2)
@@ -142,15 +144,18 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
         policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta)
 
     margin = chosen_reward - rejected_reward
+    wins = (margin > 0).to(margin.dtype)
+    ties = (margin == 0).to(margin.dtype)
     return {
         "loss": loss,
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,
         "rewards/margins": margin,
-        "rewards/accuracies": (margin.sign() + 1) / 2,            # 1, or 0, or 1/2 for a tie
+        "rewards/accuracies": wins + ties / 2,
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
-        # The loss sees the margin alone, so chosen responses may lose probability while it falls.
+        # The loss sees only the margin. So both rewards may fall, and the loss falls with them, if
+        # the rejected one falls more. This is the share of chosen responses to which that happens.
         "chosen_below_reference": (chosen_reward < 0).to(margin.dtype),
     }
 
@@ -188,7 +193,7 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     cosine, to final * peak at the last update. The first update has peak / warmup_steps, not 0:
     an update with a rate of 0 would be wasted.
 
-    >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]
+    >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]  # two grow, five fall
     [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
     """
     if step < warmup_steps:
@@ -356,7 +361,8 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     tensor([12, 13, 14, 15, 10,  4,  5])
 
     These places predict a token of a response: first the prompt's last token, then the response's
-    own. `owner` says whose token it is: responses 0 and 1 are chosen, 2 and 3 rejected.
+    own. Place 1 stands there twice: the prompt's last token, 11, predicts the first token of both
+    responses. `owner` says whose token is predicted: 0 and 1 are chosen, 2 and 3 rejected.
 
     >>> batch.predicts
     tensor([1, 2, 3, 5, 1, 4, 5, 6])
@@ -425,7 +431,7 @@ class TargetLogps(torch.autograd.Function):
             log_softmax = at_least_float32(h @ head.T).log_softmax(-1)       # (piece, V)
             logps.append(log_softmax.gather(-1, target[:, None]).squeeze(-1))
             if ctx.needs_input_grad[0]:
-                softmax = log_softmax.exp_().to(h.dtype)
+                softmax = log_softmax.exp_().to(h.dtype)       # in place: it is not read again
                 slopes.append(head[target] - softmax @ head)
         ctx.save_for_backward(hidden, head, targets, torch.cat(slopes) if slopes else None)
         ctx.piece = piece
@@ -434,10 +440,11 @@ class TargetLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, targets, slopes = ctx.saved_tensors
+        # Products are in the number format of hidden, sums in float32.
         weighted = (grad[:, None] * hidden).to(hidden.dtype)                 # (M, C)
         d_head = None
         if ctx.needs_input_grad[1]:
-            d_head = torch.zeros_like(head, dtype=grad.dtype)                # sums in float32
+            d_head = torch.zeros_like(head, dtype=grad.dtype)                # (V, C)
             d_head.index_add_(0, targets, weighted.to(grad.dtype))
             for h, w in zip(hidden.split(ctx.piece), weighted.split(ctx.piece), strict=True):
                 softmax = at_least_float32(h @ head.T).softmax(-1)
@@ -452,7 +459,7 @@ class TargetLogps(torch.autograd.Function):
 # 6. Variants of the loss ------------------------------------------------------------------------
 
 VARIANTS = ("sigmoid", "robust", "ipo", "hinge", "sigmoid_norm")
-SMOOTHED = ("sigmoid", "robust")                       # those that have a use for label_smoothing
+USES_SMOOTHING = ("sigmoid", "robust")                 # those that have a use for label_smoothing
 
 
 def variant_loss(policy: Tensor, reference: Tensor, response_tokens: Tensor, beta: float,
@@ -466,8 +473,8 @@ def variant_loss(policy: Tensor, reference: Tensor, response_tokens: Tensor, bet
     check_variant(variant, label_smoothing)
     chosen_ratio, rejected_ratio = (policy - reference).chunk(2)  # log(pi / pi_ref), (B,) each
     chosen_tokens, rejected_tokens = response_tokens.chunk(2)
-    margin = beta * (chosen_ratio - rejected_ratio)
-    mean_difference = chosen_ratio / chosen_tokens - rejected_ratio / rejected_tokens
+    margin = beta * (chosen_ratio - rejected_ratio)               # of rewards, as in dpo_loss
+    token_means = chosen_ratio / chosen_tokens - rejected_ratio / rejected_tokens
 
     if variant == "sigmoid":
         # Equation 7. With label_smoothing it is the conservative DPO of Mitchell 2023: a margin
@@ -484,9 +491,9 @@ def variant_loss(policy: Tensor, reference: Tensor, response_tokens: Tensor, bet
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
     if variant == "ipo":
-        # Azar et al. 2023 (arXiv:2310.12036), equation 17: the margin has a goal, 1 / (2 beta), in
-        # place of growing without end. With means over tokens, as its authors advise.
-        return (mean_difference - 1 / (2 * beta)) ** 2
+        # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the ratios has a goal,
+        # 1 / (2 beta), in place of growing without end. With means over tokens, as trl takes them.
+        return (token_means - 1 / (2 * beta)) ** 2
 
     if variant == "hinge":
         # Liu et al. 2023 (arXiv:2309.06657): the hinge loss of SLiC on DPO's rewards.
@@ -494,7 +501,7 @@ def variant_loss(policy: Tensor, reference: Tensor, response_tokens: Tensor, bet
 
     # "sigmoid_norm", Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in
     # place of sums, against the bias to long responses.
-    return -F.logsigmoid(beta * mean_difference)
+    return -F.logsigmoid(beta * token_means)
 
 
 def check_variant(variant: str, label_smoothing: float) -> None:
@@ -503,6 +510,6 @@ def check_variant(variant: str, label_smoothing: float) -> None:
         raise ValueError(f"the variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 or more, below 0.5")
-    if label_smoothing > 0 and variant not in SMOOTHED:
+    if label_smoothing > 0 and variant not in USES_SMOOTHING:
         raise ValueError(f"label_smoothing is {label_smoothing}, but the variant {variant} has no "
-                         f"use for it: expected {' or '.join(SMOOTHED)}")
+                         f"use for it: expected {' or '.join(USES_SMOOTHING)}")

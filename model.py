@@ -384,6 +384,8 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
                          f"{ADAPTERS} and an init of {ADAPTER_INITS}")
     if not 1 <= width <= config.n_inner:
         raise ValueError(f"an adapter of {width} neurons: expected 1 to {config.n_inner}")
+    if isinstance(model.h[0].mlp, MLPWithAdapter):
+        raise ValueError("the model has adapters already: expected none; merge_adapters first")
 
     model.requires_grad_(True)
     if kind == "parallel":
@@ -488,8 +490,7 @@ def merged_mlp(mlp: MLP, adapter: MLP) -> MLP:
 
 # 4. Files ---------------------------------------------------------------------------------------
 #
-# What follows brings weights from files and into files. `GPT2.from_pretrained` and `save_pretrained`
-# are all that one calls.
+# Nothing here is about DPO. `GPT2.from_pretrained` and `save_pretrained` are all that one calls.
 
 # OpenAI's files hold these four matrices as (in, out), nn.Linear holds them as (out, in). They are
 # transposed on the way in and on the way out. The attention's c_proj is square: if it were
@@ -659,6 +660,8 @@ def safetensors_bytes(model: GPT2) -> Iterator:
     for name, tensor in model.state_dict().items():
         if name.endswith(TRANSPOSED):
             tensor = tensor.T
+        if tensor.dtype not in codes:
+            raise ValueError(f"{name} is {tensor.dtype}, expected one of {list(codes)}")
         tensor = tensor.cpu().contiguous()
         start = end
         end = start + tensor.nbytes

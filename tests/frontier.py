@@ -48,15 +48,14 @@ def cheerful(answers: list[list[int]]) -> float:
     return sum(ord("!") in answer for answer in answers) / len(answers)
 
 
-@torch.no_grad()
 def measure(beta: float, count: int) -> Point:
     """A demo run with this beta, measured on `count` answers."""
     with tempfile.TemporaryDirectory() as out:
         code = train.main(["--demo", "--out", f"{out}/run", "--beta", str(beta)])
         if code not in (0, 1):                         # 1: the demo's goal, which is not ours here
             raise SystemExit(f"train.py ended with {code}")
-        reference = GPT2.from_pretrained(Path(out, "run", "sft"))
-        policy = GPT2.from_pretrained(Path(out, "run", "best"))
+        reference = GPT2.from_pretrained(Path(out, "run", "sft")).requires_grad_(False)
+        policy = GPT2.from_pretrained(Path(out, "run", "best")).requires_grad_(False)
 
     texts = sorted({pair.prompt for pair in data.demo_pairs(3000, 1)})
     copies = math.ceil(count / len(texts))

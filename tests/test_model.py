@@ -1024,3 +1024,15 @@ def test_each_row_is_sampled_by_its_own_probabilities():
     logits = torch.tensor([[0.0, 9.0, 1.0], [9.0, 0.0, 1.0], [0.0, 1.0, 9.0]])
     drawn = model_file.sample(logits, 1.0, 0.9, torch.Generator().manual_seed(0))
     assert drawn.tolist() == [1, 0, 2]
+
+
+def test_a_model_that_has_adapters_gets_no_second_ones(ours):
+    add_adapters(ours, "parallel", width=3)
+    with pytest.raises(ValueError, match="has adapters already"):
+        add_adapters(ours, "replace", width=3)
+
+
+def test_a_dtype_that_no_reader_takes_is_refused_before_a_file_is_replaced(ours, tmp_path):
+    with pytest.raises(ValueError, match=r"wte\.weight is torch\.float64, expected"):
+        save_pretrained(ours.double(), tmp_path)
+    assert not (tmp_path / "config.json").exists()

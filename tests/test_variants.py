@@ -56,7 +56,7 @@ def test_every_variant_agrees_with_the_formulas_of_trl(variant):
     chosen_tokens = torch.arange(1, 10)
     rejected_tokens = torch.arange(10, 1, -1)
     beta = 0.3
-    smoothing = 0.2 if variant in dpo.SMOOTHED else 0.0
+    smoothing = 0.2 if variant in dpo.USES_SMOOTHING else 0.0
 
     logits = (policy[:9] - policy[9:]) - (reference[:9] - reference[9:])
     mean_logits = ((policy[:9] - reference[:9]) / chosen_tokens
