@@ -727,8 +727,9 @@ def test_adapters_that_change_nothing_at_first_pass_and_others_do_not(model):
     model.float()
     batch = data.pack(PAIRS, NUMBERS)
     reference = dpo.packed_logps(model, batch)
+    other = copy.deepcopy(model)
     add_adapters(model, "parallel", width=4)
     dpo.check_start(dpo.packed_logps(model, batch), reference)
-    add_adapters(model, "replace", width=4)
+    model = add_adapters(other, "replace", width=4)
     with pytest.raises(ValueError, match="an adapter that is not the identity at first"):
         dpo.check_start(dpo.packed_logps(model, batch), reference)
