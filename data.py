@@ -55,8 +55,9 @@ class Pair(NamedTuple):
     chosen:   " Blue is a color."
     rejected: " Red."
 
-    A response keeps its leading space, as hh-rlhf has it. GPT-2's tokens begin with the space
-    before a word, so the ids of prompt and response, tokenized apart, are those of both together.
+    A response keeps its leading space. GPT-2's tokens begin with the space before a word. So, where
+    a response begins with a space, as in hh-rlhf, the ids of prompt and response, tokenized apart,
+    are those of both together.
     """
     prompt: str
     chosen: str
@@ -65,6 +66,9 @@ class Pair(NamedTuple):
 
 def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
     """The dialogues of one question and one answer in a JSONL file, and what became of its rows.
+
+    Dialogues of several turns are dropped: one question and one answer is what this project is
+    about. About three in ten of hh-rlhf's rows are of that form.
 
     The file may be plain or .gz. Each line is an object with the strings "chosen" and "rejected".
     These are whole dialogues, as in hh-rlhf; or, where there is a third string "prompt", only the
@@ -89,8 +93,8 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
         raise ValueError(f"{path}: no whole gzip file, it breaks off after line {audit['rows']} "
                          f"({error}); delete it, and download it again") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {audit['rows']}: {error}, in {line!r:.80}; expected a JSON "
-                         f"object with the strings chosen and rejected, and perhaps prompt: "
+        raise ValueError(f"{path}, line {audit['rows']}: {error}, in {repr(line)[:80]}; expected a "
+                         f"JSON object with the strings chosen and rejected, and perhaps prompt: "
                          f"correct the line, or delete the file") from None
     return pairs, audit
 
@@ -118,11 +122,11 @@ def parse_line(line: bytes) -> Pair | str:
             raise ValueError(f"no {key}")
     for key in ("chosen", "rejected", "prompt"):
         if key in row and not isinstance(row[key], str):
-            raise ValueError(f"{key} is {row[key]!r:.80}")
+            raise ValueError(f"{key} is {repr(row[key])[:80]}")
 
     chosen = row["chosen"]
     rejected = row["rejected"]
-    if "prompt" in row:
+    if "prompt" in row:                            # make whole dialogues, for the same checks
         prompt = as_dialogue(row["prompt"])
         chosen = prompt + " " + chosen.lstrip()
         rejected = prompt + " " + rejected.lstrip()
@@ -239,9 +243,9 @@ def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
 # 3. Batches -------------------------------------------------------------------------------------
 #
 # A batch has two forms, with the same meaning. A padded one has a row for each response: any model
-# can read it, and dpo.sequence_logps takes it. A packed one holds each prompt once, and no padding:
-# only our model can read it, by dpo.packed_logps. train.py trains with packed batches, since they
-# are faster.
+# can read it, and dpo.sequence_logps takes it. A packed one holds each prompt once, and no padding
+# but inside attention: only our model can read it, by dpo.packed_logps. train.py trains with packed
+# batches, since they are faster.
 #
 # In both forms the responses are numbered chosen first: of B pairs, pair b's chosen response is
 # number b, its rejected response is number B + b.
@@ -320,7 +324,7 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
          sides: tuple[str, ...] = SIDES, grids: int = 1) -> Batch:
     """The Batch of these pairs, whose numbers in the data set are `numbers` (B,).
 
-    sides: ("chosen", "rejected") for DPO, ("chosen",) for supervised fine-tuning.
+    sides: ("chosen", "rejected") for DPO, or ("chosen",) for supervised fine-tuning.
 
     reference (2, pairs of the data set) float32: what dpo.reference_logps returned, or None.
     grids: attention's rows are sorted by length and cut into so many grids, each as wide as its
@@ -347,8 +351,12 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
             responses[side].append(response)
 
     # Chosen first, from here on.
-    all_rows = list(itertools.chain.from_iterable(rows.values()))
-    all_responses = list(itertools.chain.from_iterable(responses.values()))
+    all_rows = []
+    all_responses = []
+    for side in sides:
+        all_rows += rows[side]
+        all_responses += responses[side]
+
     predicts = []
     owner = []
     for number, (row, response) in enumerate(zip(all_rows, all_responses, strict=True)):
@@ -358,40 +366,44 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
         predicts.append(row[-len(response):])
         owner.append(np.full(len(response), number))
 
-    if reference is None:
-        reference = torch.full((2, max(numbers) + 1), math.nan)
-    of_reference = [reference[SIDES.index(side), torch.as_tensor(numbers)] for side in sides]
+    of_reference = torch.full((len(all_rows),), math.nan)
+    if reference is not None:
+        of_sides = reference[[SIDES.index(side) for side in sides]]          # (2, data set)
+        of_reference = of_sides[:, torch.as_tensor(numbers)].flatten()       # (2, B) -> (2B,)
     grid_tensors, cells = make_grids(all_rows, length, grids)
     return Batch(
-        tokens=int64(line),
-        positions=int64(positions),
+        tokens=joined(line),
+        positions=joined(positions),
         grids=grid_tensors,
         cells=cells,
-        predicts=int64(predicts),
-        targets=int64(all_responses),
-        owner=int64(owner),
+        predicts=joined(predicts),
+        targets=joined(all_responses),
+        owner=joined(owner),
         response_tokens=torch.tensor([len(response) for response in all_responses]),
         pairs=torch.as_tensor(numbers, dtype=torch.int64),
-        reference=torch.cat(of_reference),
+        reference=of_reference,
     )
 
 
 def make_grids(rows: list[np.ndarray], length: int,
                count: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Rows in up to `count` grids of rows of like length, and for each token one of its cells.
+    """Rows in up to `count` grids, of rows of like length; and for each token one of its cells.
 
-    A row is an array of places in the line, which has `length` tokens. Padding is place 0: the
-    model computes something there, and nothing reads it. Rows of 2, 3 and 40 tokens fill 3 x 40
-    cells of one grid, but 2 x 3 and 1 x 40 cells of two.
+    dpo.packed_logps shows a grid and the numbers of its cells. A row is an array of places in the
+    line, which has `length` tokens. Padding is place 0: the model computes something there, and
+    nothing reads it. Rows of 2, 3 and 40 tokens fill 3 x 40 cells of one grid, but 2 x 3 and 1 x 40
+    cells of two.
 
     A prompt's tokens have the same results in both of their rows: no token sees what comes later.
     """
-    order = np.argsort([len(row) for row in rows], kind="stable")
+    order = np.arange(len(rows))
+    if count > 1:
+        order = np.argsort([len(row) for row in rows], kind="stable")
     grids = []
     cells = np.zeros(length, np.int64)
     first_cell = 0                 # of the grid, counted through all grids
     for group in np.array_split(order, min(count, len(rows))):
-        width = len(rows[group[-1]])
+        width = max(len(rows[number]) for number in group)
         grid = np.zeros((len(group), width), np.int64)
         for i, number in enumerate(group):
             row = rows[number]
@@ -403,9 +415,9 @@ def make_grids(rows: list[np.ndarray], length: int,
     return tuple(grids), torch.from_numpy(cells)
 
 
-def int64(arrays: list) -> Tensor:
+def joined(arrays: list) -> Tensor:
     """One int64 tensor of all these arrays, one after the other: torch indexes with int64 alone."""
-    # "unsafe": numpy takes an empty list for floats, and would refuse to make integers of them.
+    # "unsafe": numpy takes an empty list, as is left of a response of one token, for floats.
     return torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe"))
 
 
@@ -553,8 +565,8 @@ def read_run(folder: str | Path) -> dict:
 #
 # Nothing here is about DPO. `fetch_model` and `fetch_hh` are all that one calls.
 #
-# The revisions of gpt2 and of hh-rlhf are pinned, so that results do not change under a reader. The
-# hashes are those of their git-LFS pointers, as far as these could be looked up.
+# The revisions of gpt2 and of hh-rlhf are pinned, so that results do not change under a reader. So
+# are the hashes of some files. For the others, the hash that the hub tells is checked.
 
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M, 1.6B parameters
 MODEL_REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}  # others: main
@@ -671,7 +683,7 @@ def try_until_whole(url: str, file: BinaryIO, label: str, sha256: str, tries: in
             failures += 1
             if size > most:
                 most = size
-                failures = 1
+                failures = 1                       # this one; the row of failures begins anew
             if failures == tries:
                 raise OSError(f"{url}: {error}, {tries} times in a row; see whether the network is "
                               f"there and run again: {file.name} is kept") from None
@@ -734,7 +746,7 @@ def receive(url: str, file: BinaryIO, label: str, sha256: str) -> None:
         file.truncate(0)
         message = (f"{url}: got {got:,} bytes with sha256 {digest}, expected {size:,} with "
                    f"{sha256 or 'any'}; run again, or see whether the file has changed")
-        if done > 0:                               # what an earlier try left may be of another file
+        if done > 0:           # an earlier try may have left bytes of another file: so try again
             raise requests.ConnectionError(message)
         raise OSError(message)
 
@@ -765,7 +777,7 @@ def promised(answer: requests.Response) -> tuple[int, str]:
         size = int(answer.headers.get("Content-Length", 0))
     for hop in [*answer.history, answer]:
         size = int(hop.headers.get("X-Linked-Size", size))
-        etag = hop.headers.get("X-Linked-Etag", "").strip('W/"')
+        etag = hop.headers.get("X-Linked-Etag", "").removeprefix("W/").strip('"')
         if len(etag) == 64:                        # small files have a git hash there, of 40 digits
             sha256 = etag
     return size, sha256

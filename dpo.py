@@ -9,24 +9,28 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 5. faster              the same log-probabilities without the arithmetic that padding wastes
 6. variants            other losses that have been proposed since
 
-The letters in the shapes: B pairs, R rows, T tokens of a row, V words of the vocabulary. Section 5
-also has N tokens of a packed batch, M predictions, and C, the width of the model.
+The letters in the shapes: B pairs, R rows, T tokens of a row, V words of the vocabulary.
 
-This file needs torch alone, so it can be copied. Here it trains a model of `transformers`, on the
-CPU. Come back to this example after section 4. `batches` is a list of your own batches of 8 pairs,
-each an object with tokens (16, T) and mask (16, T), as sequence_logps takes them, the 8 rows with
-the chosen responses first, and pairs (8,), the numbers of the pairs in the data set.
+This file imports torch alone, so it can be copied. Here it trains a model of `transformers`, on the
+CPU. Come back to this example after section 4. `batches` is a list of batches of 8 pairs, as
+data.pad makes them: each is an object with tokens (16, T), mask (16, T) and pairs (8,), the numbers
+of the pairs in the data set. The 8 rows with the chosen responses come first.
 
-    from dpo import cosine_lr, dpo_metrics, reference_logps, sequence_logps, train_step
+    from dpo import check_start, cosine_lr, dpo_metrics, reference_logps, sequence_logps
+    from dpo import train_step
 
     def logps_of(model, batch):
         return sequence_logps(lambda tokens: model(tokens).logits, batch.tokens, batch.mask)
 
-    def loss_function(model, batch):
-        return dpo_metrics(logps_of(model, batch), reference[:, batch.pairs].flatten(), beta=0.1)
+    def reference_of(batch):
+        return reference[:, batch.pairs].flatten()      # (2, 8) -> (16,), chosen first
 
-    model.eval()                         # no dropout: check_start says why
-    reference = reference_logps(logps_of, model, batches, pairs=8 * len(batches))
+    def loss_function(model, batch):
+        return dpo_metrics(logps_of(model, batch), reference_of(batch), beta=0.1)
+
+    model.eval()                                        # dropout would be noise in the rewards
+    reference = reference_logps(logps_of, model, batches, pair_count=8 * len(batches))
+    check_start(logps_of(model, batches[0]), reference_of(batches[0]))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = cosine_lr(step, 1e-6, 10, len(batches))
@@ -46,11 +50,16 @@ from torch import Tensor, nn
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
              reference_chosen: Tensor, reference_rejected: Tensor,
              beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Equation 7 of Rafailov et al. 2023 (arXiv:2305.18290), for each pair of a batch.
+    """Equation 7 of Rafailov et al. 2023 (arXiv:2305.18290), for each pair of a batch:
 
-    The first four arguments are (B,): log pi(response | prompt) in nats, summed over the tokens of
-    the response. `policy` is the model that trains, `reference` the frozen model that it began as.
-    beta is the price of leaving the reference. The larger it is, the closer the policy stays.
+        loss = -log sigmoid(  beta * log(pi(chosen | prompt) / pi_ref(chosen | prompt))
+                            - beta * log(pi(rejected | prompt) / pi_ref(rejected | prompt)))
+
+    The log of a ratio is a difference of two logs, and the logs are what this function takes. The
+    first four arguments are (B,): log pi(response | prompt) in nats, summed over the tokens of the
+    response. `policy` is the model that trains, `reference` the frozen model that it began as.
+    beta is the price of leaving the reference, the weight of the KL term in the objective. The
+    larger it is, the closer the policy stays.
 
     Returns the loss and the two implicit rewards, (B,) each. The rewards are for logging, so they
     carry no gradient.
@@ -88,7 +97,7 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     token sees it. What the model predicts on the padding is dropped here, by `mask`.
     """
     logits = model(tokens[:, :-1])                     # (R, T-1, V): position t predicts token t+1
-    logits = at_least_float32(logits)                  # a bfloat16 sum would lose whole nats
+    logits = at_least_float32(logits)                  # at -150, bfloat16 has steps of 1
     targets = tokens[:, 1:]                            # (R, T-1): the tokens that came
     is_response = mask[:, 1:]                          # (R, T-1): which of them count
 
@@ -107,8 +116,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.Module,
-                    batches: Iterable, pairs: int) -> Tensor:
-    """The reference's log-probabilities of a whole data set: (2, pairs) float32, on the CPU.
+                    batches: Iterable, pair_count: int) -> Tensor:
+    """The reference's log-probabilities of a whole data set: (2, pair_count) float32, on the CPU.
 
     Row 0 is of the chosen responses, row 1 of the rejected ones, in nats.
 
@@ -117,9 +126,9 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
     memory, and no update computes the reference again.
 
     logps_of(model, batch): the logps (2B,) of a batch, chosen first. batches: together they hold
-    each pair once; batch.pairs (B,) int64 has the pairs' numbers, from 0 to pairs - 1.
+    each pair once; batch.pairs (B,) int64 has the pairs' numbers, from 0 to pair_count - 1.
     """
-    table = torch.full((2, pairs), math.nan)           # a pair that no batch holds stays nan
+    table = torch.full((2, pair_count), math.nan)           # a pair that no batch holds stays nan
     for batch in batches:
         logps = logps_of(model, batch).float().cpu()   # (2B,)
         chosen, rejected = logps.chunk(2)              # (B,) each
@@ -151,11 +160,11 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,
         "rewards/margins": margin,
-        "rewards/accuracies": wins + ties / 2,
+        "rewards/accuracies": wins + ties / 2,         # so 1/2 at the start, where all are ties
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
-        # The loss sees only the margin. So both rewards may fall, and the loss falls with them, if
-        # the rejected one falls more. This is the share of chosen responses to which that happens.
+        # The loss sees only the margin, so it can fall although both rewards fall. This is the
+        # share of chosen responses that are less likely than under the reference.
         "chosen_below_reference": (chosen_reward < 0).to(margin.dtype),
     }
 
@@ -193,13 +202,13 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     cosine, to final * peak at the last update. The first update has peak / warmup_steps, not 0:
     an update with a rate of 0 would be wasted.
 
-    >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]  # two grow, five fall
+    >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]  # 2 up, 5 along the cosine
     [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
 
-    cosine_steps = max(1, total_steps - 1 - warmup_steps)
+    cosine_steps = max(1, total_steps - 1 - warmup_steps)         # from its top to the last update
     done = min(1.0, (step - warmup_steps) / cosine_steps)         # from 0 to 1
     height = (1 + math.cos(math.pi * done)) / 2                   # from 1 to 0
     return peak * (final + (1 - final) * height)
@@ -224,12 +233,13 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     optimizer stay as they were, and "skipped" is 1.
     """
     if scaler is None:
-        scaler = torch.amp.GradScaler(enabled=False)   # does nothing; its step is optimizer.step
+        scaler = torch.amp.GradScaler(enabled=False)   # does nothing but optimizer.step
 
     pairs = sum(len(batch.pairs) for batch in micro_batches)
-    sums = 0.0                                         # of each metric, a tensor of all of them
+    sums = 0.0                                         # becomes a tensor, a number for each metric
     for batch in micro_batches:
         metrics = loss_function(model, batch)
+        names = list(metrics)
         # By the pairs of the whole update: a short micro-batch must not weigh like a full one.
         loss = metrics["loss"].sum() / pairs
         scaler.scale(loss).backward()                  # adds to the gradients that are there
@@ -240,14 +250,13 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
 
     # A GPU computes while Python goes on. To read a number from it is to wait for it, so all
     # numbers are read at once.
-    names = [*metrics, "grad_norm"]
-    numbers = torch.cat([sums / pairs, grad_norm[None]]).tolist()
-    result = dict(zip(names, numbers, strict=True))
+    numbers = torch.cat([sums / pairs, grad_norm.reshape(1)]).tolist()
+    result = dict(zip([*names, "grad_norm"], numbers, strict=True))
 
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
         scaler.step(optimizer)
-    scaler.update()                                    # after a skip: scale less from now on
+    scaler.update()        # unscale_ has noted what was not finite: then it scales less from now on
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -260,27 +269,29 @@ def val_step(model: nn.Module, batches: Iterable, loss_function: LossFunction) -
     sums = 0.0
     for batch in batches:
         metrics = loss_function(model, batch)
+        names = list(metrics)
         sums = sums + sum_over_pairs(metrics)
         pairs = pairs + len(batch.pairs)
     means = (sums / pairs).tolist()
-    return dict(zip(metrics, means, strict=True))
+    return dict(zip(names, means, strict=True))
 
 
 def sum_over_pairs(metrics: dict[str, Tensor]) -> Tensor:
     """Each metric (B,) summed over the pairs: one tensor (number of metrics,), on their device."""
-    return torch.stack(list(metrics.values())).detach().sum(1)
+    values = torch.stack(list(metrics.values()))       # (number of metrics, B)
+    return values.detach().sum(1)
 
 
 def check_start(policy: Tensor, reference: Tensor) -> None:
     """Before the first update the policy must equal its reference. Raises ValueError if it doesn't.
 
     policy, reference (2B,): logps in nats of one batch. The policy must be asked with the very
-    batch that the reference was asked with: in another batch, bfloat16 rounds otherwise.
+    batch that the reference was asked with: in another batch, bfloat16 rounds differently.
 
-    At this moment all rewards are 0 and the loss is log 2. If they are not, training would still
-    run, towards a wrong goal. This check catches dropout that was left on, a reference that another
-    checkpoint gave, or another order of the pairs, and an adapter that changes the model before it
-    has learnt anything.
+    At this moment all rewards are 0 and the loss of equation 7 is log 2. If they are not, training
+    would still run, towards a wrong goal. This check catches dropout that was left on, a reference
+    that another checkpoint gave, or another order of the pairs, and an adapter that changes the
+    model before it has learnt anything.
 
     Only rounding is allowed, of 4 times float32's relative precision: some devices add up numbers
     in a changing order. For logps near -150 that is 0.00007 nats.
@@ -308,7 +319,9 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 # A packed batch has none of this, but for a little padding inside attention. Its tokens stand in
 # one line: each prompt once, then its two responses. Nearly all that a Transformer does, it does to
 # each token alone, so it needs no rows. Only attention does. It gathers rows from the line, and
-# takes the results back to the line.
+# takes the results back to the line. train.py trains with packed batches.
+#
+# Further letters: N tokens of a packed batch, M predictions, C width of the model.
 
 
 def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
@@ -338,38 +351,34 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     >>> batch.positions
     tensor([0, 1, 2, 3, 2, 0, 1])
 
-    Attention sees a grid of rows, one for each response, sorted by length. A cell of the grid holds
-    a place in the line, from 0 to 6.
+    Attention sees a grid of rows, one for each response. A cell of the grid holds a place in the
+    line, from 0 to 6. Padding is place 0, too: nobody reads the result there.
 
     >>> batch.grids[0]
-    tensor([[5, 0, 0, 0],
-            [5, 6, 0, 0],
+    tensor([[0, 1, 2, 3],
+            [5, 0, 0, 0],
             [0, 1, 4, 0],
-            [0, 1, 2, 3]])
+            [5, 6, 0, 0]])
 
-        the tokens at these places       the numbers of the cells
-        12  .  .  .                       0  1  2  3                 chosen of pair 1
-        12 41  .  .                       4  5  6  7                 rejected of pair 1
-        10 11 30  .                       8  9 10 11                 rejected of pair 0
-        10 11 20 21                      12 13 14 15                 chosen of pair 0
+        row of response             its places   its tokens      its cells' numbers
+        0: chosen of pair 0         0  1  2  3   10 11 20 21      0  1  2  3
+        1: chosen of pair 1         5  .  .  .   12               4  5  6  7
+        2: rejected of pair 0       0  1  4  .   10 11 30         8  9 10 11
+        3: rejected of pair 1       5  6  .  .   12 41           12 13 14 15
 
-    A dot is padding: the 0 that stands there names some token, and nobody reads the result. After
-    attention, each of the 7 tokens takes its result from one cell. A prompt stands in two rows,
-    with the same result in both; the lower row is taken.
+    After attention, each of the 7 tokens takes its result from one cell. A prompt stands in two
+    rows, with the same result in both; the lower one is taken.
 
-    >>> batch.cells
-    tensor([12, 13, 14, 15, 10,  4,  5])
+    >>> batch.cells            # of the tokens 10, 11, 20, 21, 30, 12, 41
+    tensor([ 8,  9,  2,  3, 10, 12, 13])
 
-    These places predict a token of a response: first the prompt's last token, then the response's
-    own. Place 1 stands there twice: the prompt's last token, 11, predicts the first token of both
-    responses. `owner` says whose token is predicted: 0 and 1 are chosen, 2 and 3 rejected.
+    Each token of a response is predicted at one of these places: its first token at the prompt's
+    last place, which so stands here twice, and the others at the response's own places.
 
-    >>> batch.predicts
-    tensor([1, 2, 3, 5, 1, 4, 5, 6])
-    >>> batch.targets
-    tensor([20, 21, 99, 40, 30, 99, 41, 42])
-    >>> batch.owner
-    tensor([0, 0, 0, 1, 2, 2, 3, 3])
+    >>> torch.stack([batch.predicts, batch.targets, batch.owner])
+    tensor([[ 1,  2,  3,  5,  1,  4,  5,  6],
+            [20, 21, 99, 40, 30, 99, 41, 42],
+            [ 0,  0,  0,  1,  2,  2,  3,  3]])
 
     The same four numbers as from padded rows:
 
@@ -383,13 +392,13 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     hidden = model.packed_hidden(batch.tokens, batch.positions, batch.grids, batch.cells)  # (N, C)
     hidden = hidden.index_select(0, batch.predicts)    # (M, C): only what predicts a response
 
-    # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. So the mean word is taken from
-    # all words of the head. That takes one number, the mean logit, from all logits of a prediction,
-    # which changes no softmax, whatever the number is: so it needs no gradient, either.
+    # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. Subtract the head's mean row
+    # from all of its rows: all V logits of a prediction then change by the same number, h . mean,
+    # and lie near 0. A softmax does not change with such a number, so it needs no gradient.
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
     head = head - head.detach().mean(0)
 
-    # Autocast does not reach into TargetLogps' backward pass, so its number format is set here.
+    # A backward pass runs outside autocast, also TargetLogps'. So set the number format here.
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         hidden = hidden.to(torch.get_autocast_dtype(device_type))
@@ -404,7 +413,8 @@ class TargetLogps(torch.autograd.Function):
     """log p of each target token, (M,), without keeping logits for the backward pass.
 
     hidden (M, C), head (V, C), targets (M,) int64. Logits (piece, V) exist for `piece` predictions
-    at a time. But for memory, this is the same as three lines that one may read in its place:
+    at a time. But for memory, this is the same as three lines. Read them in its place, and skip the
+    rest of this class at first reading:
 
         log_softmax = (hidden @ head.T).log_softmax(-1)
         logps = log_softmax.gather(-1, targets[:, None]).squeeze(-1)
@@ -431,7 +441,7 @@ class TargetLogps(torch.autograd.Function):
             log_softmax = at_least_float32(h @ head.T).log_softmax(-1)       # (piece, V)
             logps.append(log_softmax.gather(-1, target[:, None]).squeeze(-1))
             if ctx.needs_input_grad[0]:
-                softmax = log_softmax.exp_().to(h.dtype)       # in place: it is not read again
+                softmax = log_softmax.exp_().to(h.dtype)       # in place: gather has copied
                 slopes.append(head[target] - softmax @ head)
         ctx.save_for_backward(hidden, head, targets, torch.cat(slopes) if slopes else None)
         ctx.piece = piece
@@ -445,10 +455,10 @@ class TargetLogps(torch.autograd.Function):
         d_head = None
         if ctx.needs_input_grad[1]:
             d_head = torch.zeros_like(head, dtype=grad.dtype)                # (V, C)
-            d_head.index_add_(0, targets, weighted.to(grad.dtype))
+            d_head.index_add_(0, targets, weighted.to(grad.dtype))           # h, at the targets
             for h, w in zip(hidden.split(ctx.piece), weighted.split(ctx.piece), strict=True):
                 softmax = at_least_float32(h @ head.T).softmax(-1)
-                d_head -= softmax.to(h.dtype).T @ w
+                d_head -= softmax.to(h.dtype).T @ w                          # softmax times h
             d_head = d_head.to(head.dtype)
         d_hidden = None
         if ctx.needs_input_grad[0]:
@@ -474,7 +484,7 @@ def variant_loss(policy: Tensor, reference: Tensor, response_tokens: Tensor, bet
     chosen_ratio, rejected_ratio = (policy - reference).chunk(2)  # log(pi / pi_ref), (B,) each
     chosen_tokens, rejected_tokens = response_tokens.chunk(2)
     margin = beta * (chosen_ratio - rejected_ratio)               # of rewards, as in dpo_loss
-    token_means = chosen_ratio / chosen_tokens - rejected_ratio / rejected_tokens
+    difference_of_means = chosen_ratio / chosen_tokens - rejected_ratio / rejected_tokens
 
     if variant == "sigmoid":
         # Equation 7. With label_smoothing it is the conservative DPO of Mitchell 2023: a margin
@@ -484,24 +494,26 @@ def variant_loss(policy: Tensor, reference: Tensor, response_tokens: Tensor, bet
         return (1 - label_smoothing) * right + label_smoothing * wrong
 
     if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409): an unbiased estimate, from labels of which a
-        # share is wrong, of what equation 7 would be with right labels.
+        # Chowdhury et al. 2024 (arXiv:2403.00409). A share of the labels is wrong. The mean of this
+        # loss over such labels is what equation 7 would give with right ones.
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
     if variant == "ipo":
         # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the ratios has a goal,
-        # 1 / (2 beta), in place of growing without end. With means over tokens, as trl takes them.
-        return (token_means - 1 / (2 * beta)) ** 2
+        # 1 / (2 beta), in place of growing without end. That equation has sums over tokens. Like
+        # trl, we take means.
+        return (difference_of_means - 1 / (2 * beta)) ** 2
 
     if variant == "hinge":
         # Liu et al. 2023 (arXiv:2309.06657): the hinge loss of SLiC on DPO's rewards.
         return F.relu(1 - margin)
 
-    # "sigmoid_norm", Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in
-    # place of sums, against the bias to long responses.
-    return -F.logsigmoid(beta * token_means)
+    assert variant == "sigmoid_norm"
+    # Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in place of sums,
+    # against the bias to long responses.
+    return -F.logsigmoid(beta * difference_of_means)
 
 
 def check_variant(variant: str, label_smoothing: float) -> None:

@@ -7,8 +7,9 @@ Read from top to bottom:
 3. adapters            small MLPs beside GPT-2's own MLPs, or in their place
 4. files               OpenAI's weights, as the Hugging Face hub has them, and back
 
-Needs torch and numpy. The letters in the shapes: B rows, T tokens of a row, N tokens of a packed
-batch, C width (n_embd), H heads, D width of a head (C / H), V words of the vocabulary.
+Needs torch and numpy. The letters in the shapes: R rows, T tokens of a row, N tokens of a packed
+batch, C width (n_embd), H heads, D width of a head (C / H), V words of the vocabulary, S places of
+a row in the KV cache.
 """
 
 import dataclasses
@@ -65,23 +66,23 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rows of tokens: (B, T, C) -> (B, T, C)."""
+        """Rows of tokens: (R, T, C) -> (R, T, C)."""
         y = self.attend(self.c_attn(x))
         return self.c_proj(y)
 
     def attend(self, qkv: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(D)) v in every head, with -inf for later tokens.
 
-        qkv (B, T, 3C): what c_attn gave -> (B, T, C).
+        qkv (R, T, 3C): what c_attn gave -> (R, T, C).
         """
         q, k, v = self.heads(qkv)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)    # (B, H, T, D)
-        return y.transpose(1, 2).flatten(2)                            # (B, T, C)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)    # (R, H, T, D)
+        return y.transpose(1, 2).flatten(2)                            # (R, T, C)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of every head: (B, T, 3C) -> (B, H, T, D) each."""
-        q, k, v = qkv.chunk(3, dim=-1)                                 # (B, T, C) each
-        q = q.unflatten(-1, (self.n_head, -1)).transpose(1, 2)         # (B, H, T, D)
+        """Queries, keys and values of every head: (R, T, 3C) -> (R, H, T, D) each."""
+        q, k, v = qkv.chunk(3, dim=-1)                                 # (R, T, C) each
+        q = q.unflatten(-1, (self.n_head, -1)).transpose(1, 2)         # (R, H, T, D)
         k = k.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         v = v.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         return q, k, v
@@ -102,17 +103,17 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y)
 
     def cached(self, x: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        """Generation: a token also sees what earlier calls read. (B, T, C) -> (B, T, C).
+        """Generation: a token also sees what earlier calls read. (R, T, C) -> (R, T, C).
 
-        keys, values (B, H, S, D): those of earlier calls; the ones of this call are written into
-        them. positions (B, T) int64: the places, of S, at which the tokens of this call stand.
+        keys, values (R, H, S, D): those of earlier calls; the ones of this call are written into
+        them. positions (R, T) int64: the places, of S, at which the tokens of this call stand.
         """
-        q, k, v = self.heads(self.c_attn(x))                           # (B, H, T, D) each
-        place = positions[:, None, :, None]                            # (B, 1, T, 1)
+        q, k, v = self.heads(self.c_attn(x))                           # (R, H, T, D) each
+        place = positions[:, None, :, None]                            # (R, 1, T, 1)
         keys.scatter_(2, place.expand_as(k), k.to(keys.dtype))
         values.scatter_(2, place.expand_as(v), v.to(values.dtype))
 
-        sees = torch.arange(keys.shape[2], device=x.device) <= place   # (B, 1, T, S)
+        sees = torch.arange(keys.shape[2], device=x.device) <= place   # (R, 1, T, S)
         y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=sees)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
@@ -150,8 +151,8 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019), with OpenAI's names of the weights.
 
-    GPT-2 was pretrained with dropout. Here is none, in no mode: nothing random may stand between
-    DPO's policy and its reference.
+    GPT-2 was pretrained with dropout. There is no dropout here, not even after train(): nothing
+    random may stand between DPO's policy and its reference.
 
     >>> model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=8, n_inner=32))
     >>> model(torch.tensor([[464, 3290, 318]])).shape
@@ -168,21 +169,21 @@ class GPT2(nn.Module):
         initialize(self, config.n_layer)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) int64 -> logits (B, T, V): position t predicts token t + 1.
+        """tokens (R, T) int64 -> logits (R, T, V): position t predicts token t + 1.
 
         Raises ValueError for rows that are longer than the context.
         """
         return self.logits(self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """What the head reads: (B, T) -> (B, T, C)."""
+        """What the head reads: (R, T) -> (R, T, C)."""
         x = self.embed(tokens)
         for block in self.h:
             x = block(x)
         return self.ln_f(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """What the first layer reads: (B, T) -> (B, T, C)."""
+        """What the first layer reads: (R, T) -> (R, T, C)."""
         length = tokens.shape[-1]
         context = self.config.n_positions
         if length > context:
@@ -192,7 +193,7 @@ class GPT2(nn.Module):
         return self.wte(tokens) + self.wpe(positions)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The head: the embedding of words, used the other way round. (..., C) -> (..., V)."""
+        """The head, whose weights are those of the embedding ("tied"): (..., C) -> (..., V)."""
         return F.linear(x, self.wte.weight)
 
     def packed_hidden(self, tokens: Tensor, positions: Tensor, grids: tuple[Tensor, ...],
@@ -213,9 +214,9 @@ class GPT2(nn.Module):
 
     def cached_hidden(self, tokens: Tensor, positions: Tensor, keys: Tensor,
                       values: Tensor) -> Tensor:
-        """What the head reads, for the next tokens of rows: (B, T) -> (B, T, C); see `generate`.
+        """What the head reads, for the next tokens of rows: (R, T) -> (R, T, C); see `generate`.
 
-        positions (B, T) int64. keys, values (n_layer, B, H, S, D): the KV cache.
+        positions (R, T) int64. keys, values (n_layer, R, H, S, D): the KV cache.
         """
         x = self.wte(tokens) + self.wpe(positions)
         for layer, block in enumerate(self.h):
@@ -255,7 +256,7 @@ def initialize(module: nn.Module, n_layer: int) -> None:
             nn.init.zeros_(parameter)
         elif name.endswith("c_proj.weight"):
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
-        elif "ln_" not in name:
+        elif name.endswith(("c_fc.weight", "c_attn.weight", "wte.weight", "wpe.weight")):
             nn.init.normal_(parameter, std=0.02)
 
 
@@ -290,21 +291,23 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
     values = torch.zeros_like(keys)
 
     # The first call reads the prompts, padded on the right. A row's padding is overwritten by its
-    # answer before any of the answer's tokens can see it.
+    # answer before any of the answer's tokens can see it. With prompts of 2 and 4 tokens, the first
+    # call fills the places 0 to 3 of both rows. The next call reads row 0's new token at place 2,
+    # which sees the places 0 to 2 alone, and row 1's at place 4.
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-    tokens = torch.tensor(padded, device=device)                            # (B, T)
+    tokens = torch.tensor(padded, device=device)                            # (R, T)
     positions = torch.arange(longest, device=device).expand(len(prompts), -1)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     row = torch.arange(len(prompts), device=device)
-    last = lengths - 1                                 # where the next token is predicted, (B,)
+    last = lengths - 1                                 # where the next token is predicted, (R,)
 
     generator = torch.Generator(device).manual_seed(seed)
     answers = [[] for _ in prompts]
     ended = [False] * len(prompts)
     for _ in range(max_tokens):
-        hidden = model.cached_hidden(tokens, positions, keys, values)       # (B, T, C)
-        logits = model.logits(hidden[row, last])                            # (B, V)
-        new = sample(logits, temperature, top_p, generator)                 # (B,)
+        hidden = model.cached_hidden(tokens, positions, keys, values)       # (R, T, C)
+        logits = model.logits(hidden[row, last])                            # (R, V)
+        new = sample(logits, temperature, top_p, generator)                 # (R,)
 
         for i, token in enumerate(new.tolist()):
             if ended[i]:
@@ -318,15 +321,15 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
             break
 
         # From now on a call reads one token of each row: the new one, behind all others.
-        tokens = new[:, None]                          # (B, 1)
-        positions = lengths[:, None]                   # (B, 1)
+        tokens = new[:, None]                          # (R, 1)
+        positions = lengths[:, None]                   # (R, 1)
         lengths = lengths + 1
         last = torch.zeros_like(last)
     return answers
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token of each row: logits (B, V) -> (B,) int64. At temperature 0 the likeliest.
+    """One token of each row: logits (R, V) -> (R,) int64. At temperature 0 the likeliest.
 
     top_p (Holtzman et al. 2020, arXiv:1904.09751): only the likeliest tokens may be drawn, the
     fewest whose probabilities add up to top_p.
@@ -387,12 +390,12 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
     if isinstance(model.h[0].mlp, MLPWithAdapter):
         raise ValueError("the model has adapters already: expected none; merge_adapters first")
 
-    model.requires_grad_(True)
+    model.requires_grad_(True)                         # all that there is to do for "none"
     if kind == "parallel":
         model.requires_grad_(False)                    # the adapters, which are new, will train
         for block in model.h:
             adapter = new_adapter(model, width)
-            nn.init.zeros_(adapter.c_proj.weight)
+            nn.init.zeros_(adapter.c_proj.weight)      # its bias is 0 already
             block.mlp = MLPWithAdapter(block.mlp, adapter)
     elif kind == "replace" and init == "scratch":
         for block in model.h:
@@ -416,10 +419,10 @@ def replace_by_strongest(model: GPT2, width: int) -> None:
     config = model.config
     length = min(128, config.n_positions)
     start = [[config.vocab_size - 1]] * 64             # 64 times the end-of-text token alone
-    text = generate(model, start, length - 1, end_token=-1)
+    text = generate(model, start, length - 1, end_token=-1)      # -1: no token ends a text
     tokens = torch.tensor(text, device=model.wte.weight.device)             # (64, length - 1)
 
-    # Go through the model layer by layer, to see what each MLP reads.
+    # Go through the model layer by layer, to see what each MLP reads behind the old ones.
     x = model.embed(tokens)
     for block in model.h:
         x = x + block.attn(block.ln_1(x))
@@ -432,9 +435,10 @@ def replace_by_strongest(model: GPT2, width: int) -> None:
 def strongest_neurons(mlp: MLP, inputs: Tensor, width: int) -> MLP:
     """A new MLP of the `width` neurons of `mlp` that write most, given its inputs (..., C).
 
-    A neuron writes its value times its column of c_proj.weight. Its strength is the root mean
-    square of that. What the other neurons write on average goes into the bias. With all neurons
-    the new MLP computes what `mlp` does.
+    A neuron writes its value, which depends on the input, times its column of c_proj.weight. Its
+    strength is the root mean square of the length of what it writes: of its value, times the
+    length of its column. What the other neurons write on average goes into the bias. With all
+    neurons the new MLP computes what `mlp` does.
     """
     values = F.gelu(mlp.c_fc(inputs), approximate="tanh").flatten(0, -2)    # (inputs, n_inner)
     columns = mlp.c_proj.weight                                             # (C, n_inner)
@@ -443,7 +447,7 @@ def strongest_neurons(mlp: MLP, inputs: Tensor, width: int) -> MLP:
     kept = order[:width].sort().values
     others = order[width:]
 
-    small = MLP(len(columns), width).to(columns)
+    small = MLP(len(columns), width).to(device=columns.device, dtype=columns.dtype)
     small.c_fc.weight.copy_(mlp.c_fc.weight[kept])
     small.c_fc.bias.copy_(mlp.c_fc.bias[kept])
     small.c_proj.weight.copy_(columns[:, kept])
@@ -476,11 +480,13 @@ def merge_adapters(model: GPT2) -> GPT2:
     return merged
 
 
+@torch.no_grad()
 def merged_mlp(mlp: MLP, adapter: MLP) -> MLP:
     """One MLP with the neurons of both, the MLP's own first."""
+    weight = mlp.c_fc.weight
     n_embd = len(mlp.c_proj.bias)
     n_inner = len(mlp.c_fc.bias) + len(adapter.c_fc.bias)
-    merged = MLP(n_embd, n_inner).to(mlp.c_fc.weight)
+    merged = MLP(n_embd, n_inner).to(device=weight.device, dtype=weight.dtype)
     merged.c_fc.weight.copy_(torch.cat([mlp.c_fc.weight, adapter.c_fc.weight], dim=0))
     merged.c_fc.bias.copy_(torch.cat([mlp.c_fc.bias, adapter.c_fc.bias], dim=0))
     merged.c_proj.weight.copy_(torch.cat([mlp.c_proj.weight, adapter.c_proj.weight], dim=1))

@@ -53,7 +53,11 @@ def option(default: object, help: str, choices: tuple[str, ...] | None = None) -
 
 @dataclass(frozen=True)
 class Config:
-    """Every option of train.py. Raises ValueError for a number out of range."""
+    """Every option of train.py.
+
+    Raises ValueError for a number out of range, and for options that don't go together.
+    """
+    # What it reads and writes
     model: str = option("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or a file")
     hh_dir: str = option("hh-rlhf", "folder of hh-rlhf's files; missing ones are downloaded to it")
     subsets: str = option(",".join(data.SUBSETS), "the subsets of hh-rlhf, separated by commas")
@@ -61,6 +65,8 @@ class Config:
     out: str = option("out", "the folder that the run writes")
     resume: bool = option(False, "go on where the run in the folder stopped, if there is one")
     demo: bool = option(False, "train a tiny model on made-up pairs; nothing is downloaded")
+
+    # Numbers, and the lengths of texts
     seed: int = option(0, "decides the order of the pairs, random weights, and the demo's pairs "
                              "and answers")
     dtype: str = option("auto", "number format of matrix products; auto: what suits the machine",
@@ -69,12 +75,16 @@ class Config:
     max_prompt_tokens: int = option(256, "longest prompt; a longer one loses its beginning")
     val_share: float = option(0.05, "share of the prompts for validation; of your own pairs, as "
                                     "much again is for the test")
+
+    # What trains
     adapter: str = option("parallel", "parallel: a small MLP beside each MLP, which alone trains "
                                       "in DPO; replace: one in its place; none: train all weights",
                           ADAPTERS)
     adapter_width: int = option(64, "neurons of an adapter")
     adapter_init: str = option("scratch", "what a replacing adapter starts from: random weights, "
                                           "or the old MLP's strongest neurons", ADAPTER_INITS)
+
+    # The loss
     beta: float = option(0.1, "the price of leaving the reference: a larger one keeps the model "
                                "closer to it")
     loss: str = option("sigmoid", "the loss; sigmoid is the paper's, for the others see dpo.py",
@@ -82,6 +92,8 @@ class Config:
     label_smoothing: float = option(0.0, "share of labels believed to be wrong (sigmoid, robust)")
     sft_coef: float = option(0.0, "how much of the SFT loss is added to DPO's, against chosen "
                                    "answers that lose probability")
+
+    # The updates
     sft_epochs: int = option(1, "passes over the pairs in SFT; 0: no SFT")
     sft_lr: float = option(5e-5, "highest learning rate of SFT")
     epochs: int = option(1, "passes over the pairs in DPO, at most")
@@ -91,20 +103,24 @@ class Config:
     batch_pairs: int = option(32, "pairs in an update")
     micro_pairs: int = option(32, "pairs that go through the model at once; fewer need less memory")
     max_norm: float = option(1.0, "a longer gradient is shortened to this length")
-    vals_per_epoch: int = option(4, "validations in an epoch, at most; one more comes before the "
-                                    "first update, and one after the last")
+
+    # Validations, log lines, saves
+    vals_per_epoch: int = option(4, "validations in an epoch, at most; there is one before the "
+                                    "first update, too, and always one after the last")
     patience: int = option(4, "training ends after so many validations in a row without a lower "
-                              "loss")
+                              "loss; if there are fewer in all, it never ends early")
     log_every: int = option(10, "updates between two lines of the log")
     save_every: int = option(100, "updates between two saves; there is one before each validation")
 
     def __post_init__(self) -> None:
+        if self.lr is None:                            # in a frozen dataclass, a field is set so
+            object.__setattr__(self, "lr", 1e-4 if self.adapter == "parallel" else 1e-6)
         may_be_0 = ("seed", "sft_epochs", "sft_coef", "label_smoothing", "warmup_share")
         below = {"val_share": 0.5, "warmup_share": 1.0, "seed": 2**63}
         for setting in fields(self):
             value = getattr(self, setting.name)
             limit = below.get(setting.name, math.inf)
-            if isinstance(value, (str, bool)) or value is None:
+            if isinstance(value, (str, bool)):
                 continue
             if setting.name in may_be_0:
                 fits = 0 <= value < limit
@@ -168,7 +184,7 @@ def train(config: Config) -> int:
     def dpo_loss_function(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
         logps = logps_of(model, batch)
         metrics = dpo.dpo_metrics(logps, batch.reference, config.beta)
-        if config.loss != "sigmoid" or config.label_smoothing > 0:  # the rewards stay as they are
+        if config.loss != "sigmoid" or config.label_smoothing > 0:  # only the loss is another
             metrics["loss"] = dpo.variant_loss(logps, batch.reference, batch.response_tokens,
                                                config.beta, config.loss, config.label_smoothing)
         if config.sft_coef > 0:
@@ -178,9 +194,9 @@ def train(config: Config) -> int:
             metrics["loss"] = metrics["loss"] + config.sft_coef * sft_loss
         return metrics
 
-    # SFT: all weights learn to write like the chosen answers. Where DPO is resumed, SFT is done.
+    # SFT: all weights learn to write like the chosen answers.
     if resumes_dpo and config.sft_epochs > 0:
-        model = GPT2.from_pretrained(run.folder / "sft")
+        model = GPT2.from_pretrained(run.folder / "sft")         # SFT was done before the stop
     else:
         model = model.to(machine.device)
         if config.adapter == "replace":                # before SFT: the reference has it, too
@@ -192,7 +208,8 @@ def train(config: Config) -> int:
             model = GPT2.from_pretrained(run.folder / "sft")     # the best weights, not the last
     model = model.to(machine.device)
 
-    # The reference is the model as it is now. It is asked once about every pair.
+    # The reference is the model as it is now. It is asked once about every pair. What it said goes
+    # into each batch, as batch.reference.
     if resumes_dpo:
         reference = run.saved["reference"]
     else:
@@ -202,14 +219,14 @@ def train(config: Config) -> int:
                                  math.ceil(len(pairs) / config.micro_pairs), "batches")
             reference[name] = dpo.reference_logps(logps_of, model, batches, len(pairs))
 
-    # The policy begins as its reference. Check it, with the first batch that the reference had. On
-    # --resume, too: weights that were saved later are loaded in fit.
+    # The policy begins as its reference. Check it, with the first batch that the reference had. (On
+    # --resume the model is here its reference again. fit then loads the weights that were saved.)
     if config.adapter != "replace":
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference["train"]))
-    start = dpo.val_step(model, [first], dpo_loss_function)
     with torch.no_grad():
         dpo.check_start(logps_of(model, first), first.reference)
+    start = dpo.val_step(model, [first], dpo_loss_function)      # to be shown
     print(f"start  the policy equals its reference | loss {start['loss']:.4f} | "
           f"rewards {start['rewards/chosen']:.4f} and {start['rewards/rejected']:.4f}")
     print_model(model, machine)
@@ -226,7 +243,7 @@ def train(config: Config) -> int:
     accuracy = test["rewards/accuracies"]
     low, high = dpo.wilson_interval(accuracy, count)
     test |= {"pairs": count, "accuracy_low": low, "accuracy_high": high}
-    log(run, "test", "dpo", state.best_step, state.step, test)
+    log(run, "test", "dpo", step=state.best_step, total_steps=state.step, metrics=test)
     print(f"result {run.folder / 'best'} | test accuracy {accuracy:.3f}, 95% interval {low:.3f} to "
           f"{high:.3f}, on {count} pairs")
     print(f"curves python tests/curves.py {run.folder}")
@@ -240,7 +257,7 @@ MAX_SKIPPED = 20               # so many updates in a row without a finite gradi
 
 @dataclass
 class State:
-    """Where a loop is: all that decides how it goes on, beside weights, optimizer and batches."""
+    """Where a loop is: all that decides how it goes on, beside weights, optimizer and scaler."""
     step: int = 0              # updates so far, skipped ones too
     best_loss: float = math.inf
     best_step: int = 0
@@ -296,7 +313,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
             save_last(run, stage, model, optimizer, scaler, reference, state)
             passes = eval_batches(splits["val"], config, machine, reference.get("val"), sides)
             metrics = dpo.val_step(model, passes, loss_function)
-            if metrics["loss"] < state.best_loss:
+            if metrics["loss"] < state.best_loss:      # at first it is infinite
                 state.best_loss = metrics["loss"]
                 state.best_step = step
                 state.worse_in_a_row = 0
@@ -339,11 +356,11 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         # updates alone; the time that is left counts validations and saves, too.
         if state.step % config.log_every == 0 or state.step == total_steps:
             seconds_per_step = (time.perf_counter() - started) / (state.step - first_step)
-            log(run, "train", stage, state.step, total_steps, mean_metrics(state.window) | {
-                "skipped": state.skipped,
-                "tokens_per_second": tokens / seconds,
-                "seconds_left": seconds_per_step * (total_steps - state.step),
-            })
+            line = mean_metrics(state.window)
+            line["skipped"] = state.skipped
+            line["tokens_per_second"] = tokens / seconds
+            line["seconds_left"] = seconds_per_step * (total_steps - state.step)
+            log(run, "train", stage, state.step, total_steps, line)
             state.window = []
             tokens = 0
             seconds = 0.0
@@ -437,7 +454,7 @@ def load_pairs(config: Config, encoding: tiktoken.Encoding
     for name, texts in splits.items():
         token_splits[name], counts = data.tokenize(texts, encoding, config.max_tokens,
                                                    config.max_prompt_tokens)
-        audit[name] = counts | {"kept": len(token_splits[name])}
+        audit[name] = {**counts, "kept": len(token_splits[name])}
 
     for name, counts in audit.items():
         print(f"pairs  {name}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
@@ -493,6 +510,7 @@ def open_run(config: Config, machine: Machine, audit: dict) -> Run:
     Raises ValueError for the folder of another run, and while another process writes there.
     """
     folder = Path(config.out)
+    # As the run began: without --resume, and with what "auto" is on this machine.
     options = asdict(config) | {"resume": False, "dtype": name_of(machine.dtype)}
     begun = (folder / "config.json").exists()
     if begun:
@@ -504,8 +522,8 @@ def open_run(config: Config, machine: Machine, audit: dict) -> Run:
         raise ValueError(f"{folder}: another run writes there: wait for it, or take another --out")
     saved = {}
     if begun and (folder / "last.pt").exists():
-        saved = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
-    metrics.truncate(saved.get("metrics_bytes", 0))    # lines after the last save come once more
+        saved = read_last(folder / "last.pt")
+    metrics.truncate(saved.get("metrics_bytes", 0))    # later lines will be written once more
     metrics.seek(0, os.SEEK_END)
 
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
@@ -514,6 +532,15 @@ def open_run(config: Config, machine: Machine, audit: dict) -> Run:
                        "versions": versions}, indent=1)
     write_whole(folder / "config.json", [text.encode()])
     return Run(folder, metrics, saved)
+
+
+def read_last(path: Path) -> dict:
+    """What save_last wrote. ValueError for a damaged file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:         # a damaged file raises whatever it likes
+        raise ValueError(f"{path}: damaged ({error!s:.200}): delete it to begin the run anew, or "
+                         f"take another --out") from error
 
 
 def check_same_run(folder: Path, config: Config, options: dict, audit: dict) -> None:
@@ -608,7 +635,8 @@ examples:
   python train.py --pairs mine.jsonl     your own pairs
   python train.py --resume               go on after a stop or a kill
   python train.py --adapter none --lr 1e-6 --batch_pairs 64
-                                         the nearest to the paper's own settings
+                                         the nearest to the paper's own settings, but for
+                                         the optimizer (here AdamW, there RMSprop)
 """
 
 
@@ -631,10 +659,7 @@ def parse(argv: list[str] | None = None) -> Config:
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
     parser.error = lambda message: parser.exit(2, f"error  {message}; see python train.py --help\n")
-    options = vars(parser.parse_args(argv))
-    if options["lr"] is None:
-        options["lr"] = 1e-4 if options["adapter"] == "parallel" else 1e-6
-    return Config(**options)
+    return Config(**vars(parser.parse_args(argv)))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

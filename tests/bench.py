@@ -613,7 +613,8 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true", help="only our step, at several sizes")
     parser.add_argument("--precision", default="", help="only bf16 against float32, this model's")
     parser.add_argument("--epoch", default="", help="only where an epoch's time goes, this model's")
-    parser.add_argument("--only", default="", help="contenders whose names match this regular expression")
+    parser.add_argument("--only", default="",
+                        help="contenders whose names match this regular expression")
     parser.add_argument("--turn", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.turn:

@@ -465,12 +465,12 @@ def test_a_worked_batch():
     assert batch.response_tokens.tolist() == [3, 1, 2, 2]
     assert batch.pairs.tolist() == [7, 3]
 
-    [grid] = batch.grids  # the shortest row first, 0 for padding
-    assert grid.tolist() == [[5, 0, 0, 0], [5, 6, 0, 0], [0, 1, 4, 0], [0, 1, 2, 3]]
-    assert batch.cells[2:5].tolist() == [14, 15, 10]
-    assert batch.cells[6] == 5
-    assert batch.cells[5] in (0, 4)  # a prompt stands in two rows, and either will do
-    assert batch.cells[:2].tolist() in ([8, 9], [12, 13])
+    [grid] = batch.grids  # a row for each response, 0 for padding
+    assert grid.tolist() == [[0, 1, 2, 3], [5, 0, 0, 0], [0, 1, 4, 0], [5, 6, 0, 0]]
+    assert batch.cells[2:5].tolist() == [2, 3, 10]
+    assert batch.cells[6] == 13
+    assert batch.cells[5] in (4, 12)  # a prompt stands in two rows, and either will do
+    assert batch.cells[:2].tolist() in ([0, 1], [8, 9])
 
 
 def test_a_worked_batch_of_the_chosen_side_alone():

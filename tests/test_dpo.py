@@ -249,7 +249,7 @@ def test_reference_logps_are_a_table_by_pair_number(model):
     No batch held pair 1, so its column is nan.
     """
     batches = [data.pack([PAIRS[2], PAIRS[0]], [4, 0]), data.pack([PAIRS[3], PAIRS[1]], [2, 3])]
-    table = dpo.reference_logps(dpo.packed_logps, model, batches, pairs=5)
+    table = dpo.reference_logps(dpo.packed_logps, model, batches, pair_count=5)
     assert table.shape == (2, 5)
     assert table.dtype == torch.float32
     assert table.device.type == "cpu"
@@ -639,7 +639,7 @@ def test_a_step_leaves_mode_frozen_weights_and_arguments_as_they_were(model, tra
 
     # Without an update nothing changes.
     dpo.val_step(model, micro_batches, packed_loss)
-    dpo.reference_logps(dpo.packed_logps, model, micro_batches, pairs=4)
+    dpo.reference_logps(dpo.packed_logps, model, micro_batches, pair_count=4)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, start[name]), name
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -673,7 +673,7 @@ def test_a_graph_is_built_for_training_alone():
 
     model = Slope()
     dpo.val_step(model, [slope_batch(1.0)], loss_function)
-    dpo.reference_logps(logps_of, model, [slope_batch(1.0)], pairs=1)
+    dpo.reference_logps(logps_of, model, [slope_batch(1.0)], pair_count=1)
     assert enabled == [False, False]
     dpo.train_step(model, [slope_batch(1.0)], torch.optim.SGD(model.parameters(), lr=1.0),
                    loss_function)
