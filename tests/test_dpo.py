@@ -594,17 +594,19 @@ def test_a_finite_loss_does_not_hide_its_gradient():
 
 
 def test_a_loss_that_is_not_finite_makes_no_update():
-    """The hinge of nan has a gradient of 0: the loss itself must be looked at."""
+    """The hinge of nan has a finite gradient: the loss itself must be looked at."""
     model = Table()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
 
     def hinge_of_nan(model: Table, batch: SimpleNamespace) -> dict[str, Tensor]:
         policy = model.logps[:, batch.pairs].flatten()
+        reference = torch.full((4,), math.nan)
         lengths = torch.ones(4, dtype=torch.int64)
-        return {"loss": dpo.variant_loss(policy, policy * math.nan, lengths, 0.5, "hinge")}
+        return {"loss": dpo.variant_loss(policy, reference, lengths, 0.5, "hinge")}
 
     found = dpo.train_step(model, [table_batch(0, 1)], optimizer, hinge_of_nan)
     assert math.isnan(found["loss"])
+    assert math.isfinite(found["grad_norm"])
     assert found["skipped"] == 1.0
     assert torch.equal(model.logps, POLICY_TABLE)
 
