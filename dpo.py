@@ -324,7 +324,7 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 # Further letters: N tokens of a packed batch, M predictions, C width of the model.
 
 
-def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
+def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     """The logps (2B,) of a packed batch, in nats, chosen first: the numbers of sequence_logps.
 
     model: the GPT2 of model.py. batch: data.pack makes it from B pairs, see data.Batch. `piece`:
@@ -412,8 +412,8 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
 class TargetLogps(torch.autograd.Function):
     """log p of each target token, (M,), without keeping logits for the backward pass.
 
-    hidden (M, C), head (V, C), targets (M,) int64. Logits (piece, V) exist for `piece` predictions
-    at a time. But for memory, this is the same as three lines. Read them in its place, and skip the
+    hidden (M, C), head (V, C), targets (M,) int64. Logits exist for `piece` predictions at a
+    time. But for memory, this is the same as three lines. Read them in its place, and skip the
     rest of this class at first reading:
 
         log_softmax = (hidden @ head.T).log_softmax(-1)
@@ -438,11 +438,12 @@ class TargetLogps(torch.autograd.Function):
         logps = []
         slopes = []                                    # d log p / d hidden
         for h, target in zip(hidden.split(piece), targets.split(piece), strict=True):
-            log_softmax = at_least_float32(h @ head.T).log_softmax(-1)       # (piece, V)
-            logps.append(log_softmax.gather(-1, target[:, None]).squeeze(-1))
+            # A column for each prediction: a third faster on a CPU than a row of 50,257 numbers.
+            log_softmax = at_least_float32(head @ h.T).log_softmax(0)        # (V, piece)
+            logps.append(log_softmax.gather(0, target[None, :]).squeeze(0))
             if ctx.needs_input_grad[0]:
                 softmax = log_softmax.exp_().to(h.dtype)       # in place: gather has copied
-                slopes.append(head[target] - softmax @ head)
+                slopes.append(head[target] - softmax.T @ head)
         ctx.save_for_backward(hidden, head, targets, torch.cat(slopes) if slopes else None)
         ctx.piece = piece
         return torch.cat(logps)
@@ -457,8 +458,11 @@ class TargetLogps(torch.autograd.Function):
             d_head = torch.zeros_like(head, dtype=grad.dtype)                # (V, C)
             d_head.index_add_(0, targets, weighted.to(grad.dtype))           # h, at the targets
             for h, w in zip(hidden.split(ctx.piece), weighted.split(ctx.piece), strict=True):
-                softmax = at_least_float32(h @ head.T).softmax(-1)
-                d_head -= softmax.to(h.dtype).T @ w                          # softmax times h
+                softmax = at_least_float32(head @ h.T).softmax(0).to(h.dtype)
+                if w.dtype == d_head.dtype:
+                    d_head.addmm_(softmax, w, alpha=-1)        # d_head -= softmax @ w, in place
+                else:
+                    d_head -= softmax @ w                      # softmax times h
             d_head = d_head.to(head.dtype)
         d_hidden = None
         if ctx.needs_input_grad[0]:

@@ -402,7 +402,7 @@ def choose_machine(config: Config) -> Machine:
     # Each grid and each piece is some more calls. A GPU, on which a small model is bound by the
     # calls, gets few large ones. A CPU gets many small ones, with less padding and less memory.
     if device.type == "cpu":
-        return Machine(device, dtype, grids=8, piece=512)
+        return Machine(device, dtype, grids=8, piece=128)
     return Machine(device, dtype, grids=1, piece=8192)
 
 
