@@ -538,7 +538,7 @@ RUN_FORMAT = 2                     # of a run's folder; older ones have no such 
 
 
 def read_run(folder: str | Path) -> dict:
-    """What config.json of a run's folder holds: "options", "audit", "versions".
+    """What config.json of a run's folder holds: "format", "options", "audit", "versions".
 
     Raises FileNotFoundError where there is no such file, ValueError where it is of no run.
     """

@@ -9,7 +9,7 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 5. faster              the same log-probabilities without the arithmetic that padding wastes
 6. variants            other losses that have been proposed since
 
-The letters in the shapes: B pairs, R rows, T tokens of a row, V words of the vocabulary.
+The letters in the shapes: B pairs, R rows, T tokens of a row, V tokens of the vocabulary.
 
 This file imports torch alone, so it can be copied. Here it trains a model of `transformers`, on the
 CPU. Come back to this example after section 4. `batches` is a list of batches of 8 pairs, as
@@ -97,7 +97,7 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     token sees it. What the model predicts on the padding is dropped here, by `mask`.
     """
     logits = model(tokens[:, :-1])                     # (R, T-1, V): position t predicts token t+1
-    logits = at_least_float32(logits)                  # at -150, bfloat16 has steps of 1
+    logits = at_least_float32(logits)                  # near -100, bfloat16 has steps of 0.5
     targets = tokens[:, 1:]                            # (R, T-1): the tokens that came
     is_response = mask[:, 1:]                          # (R, T-1): which of them count
 
@@ -128,7 +128,8 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
     logps_of(model, batch): the logps (2B,) of a batch, chosen first. batches: together they hold
     each pair once; batch.pairs (B,) int64 has the pairs' numbers, from 0 to pair_count - 1.
     """
-    table = torch.full((2, pair_count), math.nan)           # a pair that no batch holds stays nan
+    # A pair that no batch holds stays nan, and train_step makes no update of a loss that is nan.
+    table = torch.full((2, pair_count), math.nan)
     for batch in batches:
         logps = logps_of(model, batch).float().cpu()   # (2B,)
         chosen, rejected = logps.chunk(2)              # (B,) each
@@ -202,8 +203,10 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     cosine, to final * peak at the last update. The first update has peak / warmup_steps, not 0:
     an update with a rate of 0 would be wasted.
 
-    >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]  # 2 up, 5 along the cosine
+    >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
+
+    Here two updates go up, and five stand on the cosine: its top, and four steps down.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -215,6 +218,12 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
 
 
 LossFunction = Callable[[nn.Module, object], dict[str, Tensor]]   # (model, batch) -> metrics (B,)
+
+
+def sum_over_pairs(metrics: dict[str, Tensor]) -> Tensor:
+    """Each metric (B,) summed over the pairs: one tensor (number of metrics,), on their device."""
+    values = torch.stack(list(metrics.values()))       # (number of metrics, B)
+    return values.detach().sum(1)
 
 
 def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Optimizer,
@@ -256,7 +265,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
         scaler.step(optimizer)
-    scaler.update()        # unscale_ has noted what was not finite: then it scales less from now on
+    scaler.update()        # if unscale_ met inf or nan, the scaler lowers its scale here
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -274,12 +283,6 @@ def val_step(model: nn.Module, batches: Iterable, loss_function: LossFunction) -
         pairs = pairs + len(batch.pairs)
     means = (sums / pairs).tolist()
     return dict(zip(names, means, strict=True))
-
-
-def sum_over_pairs(metrics: dict[str, Tensor]) -> Tensor:
-    """Each metric (B,) summed over the pairs: one tensor (number of metrics,), on their device."""
-    values = torch.stack(list(metrics.values()))       # (number of metrics, B)
-    return values.detach().sum(1)
 
 
 def check_start(policy: Tensor, reference: Tensor) -> None:
@@ -316,10 +319,11 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 # - Logits of prompts and padding. The loss needs only those that predict a token of a response, and
 #   GPT-2's head, with its 50,257 words, is a large part of the model.
 #
-# A packed batch has none of this, but for a little padding inside attention. Its tokens stand in
-# one line: each prompt once, then its two responses. Nearly all that a Transformer does, it does to
+# A packed batch has none of this outside attention. Its tokens stand in one line: each prompt once,
+# then its two responses. Nearly all that a Transformer does, it does to
 # each token alone, so it needs no rows. Only attention does. It gathers rows from the line, and
-# takes the results back to the line. train.py trains with packed batches.
+# takes the results back to the line; so attention alone still sees each prompt twice, and some
+# padding. train.py trains with packed batches.
 #
 # Further letters: N tokens of a packed batch, M predictions, C width of the model.
 
@@ -351,8 +355,8 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     >>> batch.positions
     tensor([0, 1, 2, 3, 2, 0, 1])
 
-    Attention sees a grid of rows, one for each response. A cell of the grid holds a place in the
-    line, from 0 to 6. Padding is place 0, too: nobody reads the result there.
+    Attention sees a grid of rows (here one grid), a row for each response. A cell of the grid holds
+    a place in the line, from 0 to 6. Padding is place 0, too: nobody reads the result there.
 
     >>> batch.grids[0]
     tensor([[0, 1, 2, 3],
@@ -394,11 +398,11 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
 
     # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. Subtract the head's mean row
     # from all of its rows: all V logits of a prediction then change by the same number, h . mean,
-    # and lie near 0. A softmax does not change with such a number, so it needs no gradient.
+    # and lie near 0. A softmax does not change with such a number, so its gradient is 0: detach.
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
     head = head - head.detach().mean(0)
 
-    # A backward pass runs outside autocast, also TargetLogps'. So set the number format here.
+    # Autocast does not reach into TargetLogps' backward pass, so the casts are made by hand here.
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         hidden = hidden.to(torch.get_autocast_dtype(device_type))

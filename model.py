@@ -374,7 +374,8 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
     """Give every block an adapter of `width` neurons. Changes the model, and returns it.
 
     "parallel": an adapter beside each MLP. Its last layer is 0 at first, so that the model computes
-    exactly what it did. The adapters alone train.
+    exactly what it did. The adapters alone train: in the first update their last layer, and then
+    both layers.
     "replace": an adapter in the place of each MLP, either random (init "scratch") or made of the
     MLP's own strongest neurons (init "pretrained"). All weights train.
     "none": no adapter. All weights train.
@@ -457,7 +458,8 @@ def strongest_neurons(mlp: MLP, inputs: Tensor, width: int) -> MLP:
 
 @torch.no_grad()
 def merge_adapters(model: GPT2) -> GPT2:
-    """A new, plain GPT-2 that computes what `model` does. It shares the weights outside the MLPs.
+    """A new, plain GPT-2 that computes what `model` does. It shares all weights but those of
+    MLPs with adapters.
 
     An MLP adds up what its neurons write. So an MLP with an adapter beside it is one MLP, with the
     neurons of both.
@@ -503,7 +505,8 @@ def merged_mlp(mlp: MLP, adapter: MLP) -> MLP:
 # forgotten, no check of shapes would notice.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
-# The settings that this code knows, each with the values that mean what it computes.
+# Settings of config.json that change what a GPT-2 computes, each with the values under which it
+# computes what the model above does.
 ASSUMED = {
     "model_type": ["gpt2"],
     "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
@@ -625,8 +628,8 @@ def data_offsets(item: tuple[str, dict]) -> list[int]:
 def check_numbers(numbers: list, most: int) -> None:
     """ValueError unless these are integers from 0 to `most`, and not absurdly many.
 
-    A file may come from anybody. Without this check a shape of 2**60 zeros would take minutes, and
-    a shape of two negative numbers would have the right product.
+    A file may come from anybody. Without this check a shape of a million numbers would take minutes
+    to multiply, and two negative numbers would have the right product.
     """
     if len(numbers) > 10:
         raise ValueError(f"a shape of {len(numbers) - 2} numbers, expected at most 8")

@@ -129,7 +129,8 @@ class Config:
                 fits = 0 < value < limit
                 least = "above 0"
             if not fits:
-                raise ValueError(f"--{setting.name} is {value}, expected {least} and below {limit}")
+                raise ValueError(f"--{setting.name} is {value}, expected a number "
+                                 f"{least} and below {limit}")
         dpo.check_variant(self.loss, self.label_smoothing)
         if self.adapter_init != "scratch" and self.adapter != "replace":
             raise ValueError(f"--adapter_init is {self.adapter_init}, but --adapter {self.adapter} "
@@ -400,7 +401,8 @@ def choose_machine(config: Config) -> Machine:
         dtype = torch.float32
 
     # Each grid and each piece is some more calls. A GPU, on which a small model is bound by the
-    # calls, gets few large ones. A CPU gets many small ones, with less padding and less memory.
+    # calls, gets few large ones; one piece then holds most batches. A CPU gets many small ones,
+    # with less padding and less memory.
     if device.type == "cpu":
         return Machine(device, dtype, grids=8, piece=128)
     return Machine(device, dtype, grids=1, piece=8192)
@@ -483,7 +485,10 @@ def half_swapped(splits: dict[str, list[data.TokenPair]]) -> dict[str, list[data
 def eval_batches(pairs: list[data.TokenPair], config: Config, machine: Machine,
                 reference: Tensor | None = None,
                 sides: tuple[str, ...] = data.SIDES) -> Iterator[data.Batch]:
-    """Each pair once, in batches on the device: for validation, the reference, and the test."""
+    """Each pair once, in batches on the device, the same ones at each call.
+
+    For validation, the reference, and the test.
+    """
     for batch in data.by_length(pairs, config.micro_pairs, reference, sides, machine.grids):
         yield batch.to(machine.device)
 
@@ -635,8 +640,8 @@ examples:
   python train.py --pairs mine.jsonl     your own pairs
   python train.py --resume               go on after a stop or a kill
   python train.py --adapter none --lr 1e-6 --batch_pairs 64
-                                         the nearest to the paper's own settings, but for
-                                         the optimizer (here AdamW, there RMSprop)
+                                         the nearest to the paper's own settings; the paper
+                                         had RMSprop, and no cosine after the warm-up
 """
 
 
