@@ -327,8 +327,8 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
     sides: ("chosen", "rejected") for DPO, or ("chosen",) for supervised fine-tuning.
 
     reference (2, pairs of the data set) float32: what dpo.reference_logps returned, or None.
-    grids: attention's rows are sorted by length and cut into so many grids, each as wide as its
-    longest row. More grids hold less padding, and take more calls.
+    grids: attention's rows stand in so many grids, each as wide as its longest row. Several grids
+    are of rows of like length: they hold less padding, and take more calls.
     """
     line = []                      # arrays of ids: a prompt, its responses, the next prompt, ...
     positions = []                 # an array for each array in `line`
@@ -409,7 +409,8 @@ def make_grids(rows: list[np.ndarray], length: int,
             row = rows[number]
             grid[i, :len(row)] = row
             # A prompt stands in two rows. The later row overwrites the earlier one: either will do.
-            cells[row] = first_cell + i * width + np.arange(len(row))
+            row_start = first_cell + i * width
+            cells[row] = row_start + np.arange(len(row))
         grids.append(torch.from_numpy(grid))
         first_cell += grid.size
     return tuple(grids), torch.from_numpy(cells)

@@ -161,7 +161,7 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,
         "rewards/margins": margin,
-        "rewards/accuracies": wins + ties / 2,         # so 1/2 at the start, where all are ties
+        "rewards/accuracies": wins + ties / 2,         # 1/2 at first, where all are ties
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
         # The loss sees only the margin, so it can fall although both rewards fall. This is the
@@ -420,7 +420,7 @@ class TargetLogps(torch.autograd.Function):
     time. But for memory, this is the same as three lines. Read them in its place, and skip the
     rest of this class at first reading:
 
-        log_softmax = (hidden @ head.T).log_softmax(-1)
+        log_softmax = at_least_float32(hidden @ head.T).log_softmax(-1)
         logps = log_softmax.gather(-1, targets[:, None]).squeeze(-1)
         return logps
 
@@ -489,10 +489,10 @@ def variant_loss(policy: Tensor, reference: Tensor, response_tokens: Tensor, bet
     labels that are believed to be wrong. Raises ValueError for options that check_variant refuses.
     """
     check_variant(variant, label_smoothing)
-    chosen_ratio, rejected_ratio = (policy - reference).chunk(2)  # log(pi / pi_ref), (B,) each
+    chosen_logratio, rejected_logratio = (policy - reference).chunk(2)       # (B,) each
     chosen_tokens, rejected_tokens = response_tokens.chunk(2)
-    margin = beta * (chosen_ratio - rejected_ratio)               # of rewards, as in dpo_loss
-    difference_of_means = chosen_ratio / chosen_tokens - rejected_ratio / rejected_tokens
+    margin = beta * (chosen_logratio - rejected_logratio)         # of rewards, as in dpo_loss
+    difference_of_means = chosen_logratio / chosen_tokens - rejected_logratio / rejected_tokens
 
     if variant == "sigmoid":
         # Equation 7. With label_smoothing it is the conservative DPO of Mitchell 2023: a margin
@@ -502,16 +502,18 @@ def variant_loss(policy: Tensor, reference: Tensor, response_tokens: Tensor, bet
         return (1 - label_smoothing) * right + label_smoothing * wrong
 
     if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409). A share of the labels is wrong. The mean of this
-        # loss over such labels is what equation 7 would give with right ones.
+        # Chowdhury et al. 2024 (arXiv:2403.00409). A share e of the labels is wrong. The mean of
+        # this loss over such labels is what equation 7 would give with right ones, as
+        # (1 - e) * ((1 - e) * right - e * wrong) + e * ((1 - e) * wrong - e * right)
+        # is (1 - 2e) * right.
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
     if variant == "ipo":
-        # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the ratios has a goal,
-        # 1 / (2 beta), in place of growing without end. That equation has sums over tokens. Like
-        # trl, we take means.
+        # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the log-ratios has a
+        # goal, 1 / (2 beta), in place of growing without end. That equation has sums over tokens.
+        # Like trl, we take means.
         return (difference_of_means - 1 / (2 * beta)) ** 2
 
     if variant == "hinge":

@@ -71,9 +71,13 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y)
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v in every head, with -inf for later tokens.
+        """Attention in every head: qkv (R, T, 3C), what c_attn gave -> (R, T, C).
 
-        qkv (R, T, 3C): what c_attn gave -> (R, T, C).
+        scaled_dot_product_attention is a faster form of these three lines:
+
+            scores = q @ k.transpose(-2, -1) / math.sqrt(D)            # (R, H, T, T)
+            scores = scores.masked_fill(later, -math.inf)              # later[t, s] is s > t
+            y = scores.softmax(-1) @ v                                 # (R, H, T, D)
         """
         q, k, v = self.heads(qkv)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)    # (R, H, T, D)
@@ -242,7 +246,7 @@ class GPT2(nn.Module):
             model.load_state_dict(weights, assign=True)  # names what is missing or of a wrong shape
         except Exception as error:  # a damaged file, a pickle above all, raises whatever it likes
             raise ValueError(f"{file}: damaged (then delete it), or no GPT-2 that this code can "
-                             f"load: {error!s:.600}") from error
+                             f"load: {str(error)[:600]}") from error
         return model
 
 
@@ -380,7 +384,8 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
     MLP's own strongest neurons (init "pretrained"). All weights train.
     "none": no adapter. All weights train.
 
-    Random weights are drawn from torch's global generator. Raises ValueError for anything else.
+    Random weights are drawn from torch's global generator. Raises ValueError for another kind, init
+    or width, and for a model that has adapters already.
     """
     config = model.config
     if kind not in ADAPTERS or init not in ADAPTER_INITS:
@@ -571,7 +576,7 @@ def read_weights(file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a safetensors file. Some error where the file is damaged.
+    """Names and tensors of a safetensors file. Raises an error, of any kind, if it is damaged.
 
     The format has three parts:
 

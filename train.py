@@ -108,7 +108,7 @@ class Config:
     vals_per_epoch: int = option(4, "validations in an epoch, at most; there is one before the "
                                     "first update, too, and always one after the last")
     patience: int = option(4, "training ends after so many validations in a row without a lower "
-                              "loss; if there are fewer in all, it never ends early")
+                              "loss; one epoch with the default number has too few for that")
     log_every: int = option(10, "updates between two lines of the log")
     save_every: int = option(100, "updates between two saves; there is one before each validation")
 
@@ -160,7 +160,7 @@ class Run(NamedTuple):
     """A run's folder, as far as it is open."""
     folder: Path
     metrics: BinaryIO          # metrics.jsonl, a JSON object a line
-    saved: dict                # what last.pt holds, where the run is resumed
+    saved: dict                # where the run is resumed, what save_last wrote: "stage" and more
 
 
 def train(config: Config) -> int:
