@@ -325,6 +325,14 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 # takes the results back to the line; so attention alone still sees each prompt twice, and some
 # padding. train.py trains with packed batches.
 #
+# What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
+# two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit e764479):
+#
+#     45.2    padded rows, by sequence_logps
+#     31.3    padded rows, with the logits of responses alone
+#     14.5    packed: each prompt once, and no padding outside attention
+#     13.3    packed, with attention's rows in eight grids: less padding there, too
+#
 # Further letters: N tokens of a packed batch, M predictions, C width of the model.
 
 
