@@ -320,10 +320,10 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 #   GPT-2's head, with its 50,257 words, is a large part of the model.
 #
 # A packed batch has none of this outside attention. Its tokens stand in one line: each prompt once,
-# then its two responses. Nearly all that a Transformer does, it does to
-# each token alone, so it needs no rows. Only attention does. It gathers rows from the line, and
-# takes the results back to the line; so attention alone still sees each prompt twice, and some
-# padding. train.py trains with packed batches.
+# then its two responses. Nearly all that a Transformer does, it does to each token alone, so it
+# needs no rows. Only attention does. It gathers rows from the line, and takes the results back to
+# the line; so attention alone still sees each prompt twice, and some padding. train.py trains with
+# packed batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
 # two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit e764479):
