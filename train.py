@@ -253,7 +253,7 @@ def train(config: Config) -> int:
 
 # 3. The loop ------------------------------------------------------------------------------------
 
-MAX_SKIPPED = 20               # so many updates in a row without a finite gradient end a run
+MAX_SKIPPED = 20               # so many skipped updates in a row end a run
 
 
 @dataclass
