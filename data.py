@@ -408,9 +408,11 @@ def make_grids(rows: list[np.ndarray], length: int,
         for i, number in enumerate(group):
             row = rows[number]
             grid[i, :len(row)] = row
-            # A prompt stands in two rows. The later row overwrites the earlier one: either will do.
+            # The cells of this row begin at row_start. A prompt stands in two rows: what the later
+            # one writes here overwrites what the earlier one wrote, and either will do.
             row_start = first_cell + i * width
-            cells[row] = row_start + np.arange(len(row))
+            for t, place in enumerate(row):
+                cells[place] = row_start + t
         grids.append(torch.from_numpy(grid))
         first_cell += grid.size
     return tuple(grids), torch.from_numpy(cells)
@@ -535,7 +537,8 @@ def print_progress(label: str, done: int, total: int, unit: str, per_second: flo
           f"{seconds_left:.0f} s left", flush=True)
 
 
-RUN_FORMAT = 2                     # of a run's folder; older ones have no such number
+# train.py writes a run's folder, judge.py reads it. Both need these two, so they stand here.
+RUN_FORMAT = 2                     # of a run's folder; the first edition's has no such number
 
 
 def read_run(folder: str | Path) -> dict:
@@ -724,32 +727,42 @@ def receive(url: str, file: BinaryIO, label: str, sha256: str) -> None:
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as answer:
         check_status(url, answer)
         size, hub_sha256 = promised(answer)
-        sha256 = sha256 or hub_sha256
         code = answer.status_code
         if code == 200:                            # the whole file, whatever was asked for
             file.truncate(0)
             done = 0
+        fits = code == 200 or (code == 206 and first_byte_of(answer) == done)
+        nothing_is_missing = code == 416 and done == size
+        if fits:
             append(answer, file, label, done, size)
-        elif code == 206 and first_byte_of(answer) == done:
-            append(answer, file, label, done, size)
-        elif code == 416 and done == size:         # no byte is missing
-            pass
-        else:
+        elif not nothing_is_missing:
             file.truncate(0)
             raise requests.ConnectionError(f"the server can't go on after {done:,} bytes")
 
+    try:
+        check_content(file, size, sha256 or hub_sha256)
+    except ValueError as error:
+        file.truncate(0)
+        if done > 0:           # an earlier try may have left bytes of another file: so try again
+            raise requests.ConnectionError(str(error)) from None
+        raise OSError(f"{url}: {error}; run again, or see whether the file has changed") from None
+
+
+def check_content(file: BinaryIO, size: int, sha256: str) -> None:
+    """ConnectionError if bytes are missing, ValueError if the file is of another size or hash.
+
+    size 0 and sha256 "": nobody has told.
+    """
     got = file.seek(0, os.SEEK_END)
     if got < size:
         raise requests.ConnectionError(f"got {got:,} of {size:,} bytes")
     with open(file.name, "rb") as whole:
         digest = hashlib.file_digest(whole, "sha256").hexdigest()
-    if (size > 0 and got != size) or (sha256 and digest != sha256):
-        file.truncate(0)
-        message = (f"{url}: got {got:,} bytes with sha256 {digest}, expected {size:,} with "
-                   f"{sha256 or 'any'}; run again, or see whether the file has changed")
-        if done > 0:           # an earlier try may have left bytes of another file: so try again
-            raise requests.ConnectionError(message)
-        raise OSError(message)
+    wrong_size = size > 0 and got != size
+    wrong_hash = sha256 != "" and digest != sha256
+    if wrong_size or wrong_hash:
+        raise ValueError(f"got {got:,} bytes with sha256 {digest}, expected {size:,} with "
+                         f"{sha256 or 'any'}")
 
 
 def check_status(url: str, answer: requests.Response) -> None:

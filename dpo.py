@@ -220,10 +220,9 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
 LossFunction = Callable[[nn.Module, object], dict[str, Tensor]]   # (model, batch) -> metrics (B,)
 
 
-def sum_over_pairs(metrics: dict[str, Tensor]) -> Tensor:
-    """Each metric (B,) summed over the pairs: one tensor (number of metrics,), on their device."""
-    values = torch.stack(list(metrics.values()))       # (number of metrics, B)
-    return values.detach().sum(1)
+def as_table(metrics: dict[str, Tensor]) -> Tensor:
+    """The metrics, (B,) each, as one tensor (number of metrics, B), without their gradients."""
+    return torch.stack(list(metrics.values())).detach()
 
 
 def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Optimizer,
@@ -235,37 +234,39 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     Each is any object with `pairs` (B,). Their gradients add up, so the update is that of one pass.
     loss_function(model, batch): a dict of (B,) tensors, "loss" among them, as dpo_metrics returns.
     max_norm: a longer gradient is shortened to this length.
-    scaler: for float16, whose small gradients would otherwise become 0.
+    scaler: for float16, whose small gradients would become 0. It multiplies the loss by a large
+    number before the backward pass, and divides the gradients by it after.
 
     Returns the mean of every metric over all pairs, "grad_norm" before the gradient was shortened,
     and "skipped", 0 or 1. A loss or gradient that is not finite makes no update: weights and
     optimizer stay as they were, and "skipped" is 1.
     """
     if scaler is None:
-        scaler = torch.amp.GradScaler(enabled=False)   # does nothing but optimizer.step
+        scaler = torch.amp.GradScaler(enabled=False)   # its calls below then change nothing
 
     pairs = sum(len(batch.pairs) for batch in micro_batches)
-    sums = 0.0                                         # becomes a tensor, a number for each metric
+    tables = []
     for batch in micro_batches:
         metrics = loss_function(model, batch)
         names = list(metrics)
         # By the pairs of the whole update: a short micro-batch must not weigh like a full one.
         loss = metrics["loss"].sum() / pairs
         scaler.scale(loss).backward()                  # adds to the gradients that are there
-        sums = sums + sum_over_pairs(metrics)
+        tables.append(as_table(metrics))
 
-    scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)                         # gradients back to their true size
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     # A GPU computes while Python goes on. To read a number from it is to wait for it, so all
     # numbers are read at once.
-    numbers = torch.cat([sums / pairs, grad_norm.reshape(1)]).tolist()
+    means = torch.cat(tables, dim=1).mean(1)           # (number of metrics,)
+    numbers = torch.cat([means, grad_norm.reshape(1)]).tolist()
     result = dict(zip([*names, "grad_norm"], numbers, strict=True))
 
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
-        scaler.step(optimizer)
-    scaler.update()        # if unscale_ met inf or nan, the scaler lowers its scale here
+        scaler.step(optimizer)                         # optimizer.step()
+    scaler.update()                                    # a lower scale, if gradients overflowed
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -274,14 +275,12 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
 @torch.no_grad()
 def val_step(model: nn.Module, batches: Iterable, loss_function: LossFunction) -> dict[str, float]:
     """One iteration of validation: the mean of every metric over all pairs of the batches."""
-    pairs = 0
-    sums = 0.0
+    tables = []
     for batch in batches:
         metrics = loss_function(model, batch)
         names = list(metrics)
-        sums = sums + sum_over_pairs(metrics)
-        pairs = pairs + len(batch.pairs)
-    means = (sums / pairs).tolist()
+        tables.append(as_table(metrics))
+    means = torch.cat(tables, dim=1).mean(1).tolist()
     return dict(zip(names, means, strict=True))
 
 

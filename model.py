@@ -66,12 +66,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rows of tokens: (R, T, C) -> (R, T, C)."""
-        y = self.attend(self.c_attn(x))
-        return self.c_proj(y)
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """Attention in every head: qkv (R, T, 3C), what c_attn gave -> (R, T, C).
+        """Rows of tokens: (R, T, C) -> (R, T, C).
 
         scaled_dot_product_attention is a faster form of these three lines:
 
@@ -79,9 +74,10 @@ class CausalSelfAttention(nn.Module):
             scores = scores.masked_fill(later, -math.inf)              # later[t, s] is s > t
             y = scores.softmax(-1) @ v                                 # (R, H, T, D)
         """
-        q, k, v = self.heads(qkv)
+        q, k, v = self.heads(self.c_attn(x))                           # (R, H, T, D) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)    # (R, H, T, D)
-        return y.transpose(1, 2).flatten(2)                            # (R, T, C)
+        y = y.transpose(1, 2).flatten(2)                               # (R, T, C)
+        return self.c_proj(y)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of every head: (R, T, 3C) -> (R, H, T, D) each."""
@@ -92,34 +88,22 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def packed(self, x: Tensor, grids: tuple[Tensor, ...], cells: Tensor) -> Tensor:
-        """A packed batch: gather rows, attend in each, take the results back. (N, C) -> (N, C).
+        """The same for a packed batch, see GPT2.packed_hidden: (N, C) -> (N, C).
 
-        grids and cells: see GPT2.packed_hidden.
+        Gather rows from the line of tokens, attend in the rows, take the results back to the line.
         """
         qkv = self.c_attn(x)                                           # (N, 3C): each token once
         results = []
         for grid in grids:
-            rows, length = grid.shape
             in_rows = qkv.index_select(0, grid.flatten())              # (R * T, 3C)
-            y = self.attend(in_rows.view(rows, length, -1))            # (R, T, C)
+            in_rows = in_rows.unflatten(0, grid.shape)                 # (R, T, 3C)
+            q, k, v = self.heads(in_rows)                              # (R, H, T, D) each
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = y.transpose(1, 2).flatten(2)                           # (R, T, C)
             results.append(y.flatten(0, 1))                            # (R * T, C)
-        y = torch.cat(results).index_select(0, cells)                  # (N, C)
+        y = torch.cat(results)                                         # (all cells, C)
+        y = y.index_select(0, cells)                                   # (N, C)
         return self.c_proj(y)
-
-    def cached(self, x: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        """Generation: a token also sees what earlier calls read. (R, T, C) -> (R, T, C).
-
-        keys, values (R, H, S, D): those of earlier calls; the ones of this call are written into
-        them. positions (R, T) int64: the places, of S, at which the tokens of this call stand.
-        """
-        q, k, v = self.heads(self.c_attn(x))                           # (R, H, T, D) each
-        place = positions[:, None, :, None]                            # (R, 1, T, 1)
-        keys.scatter_(2, place.expand_as(k), k.to(keys.dtype))
-        values.scatter_(2, place.expand_as(v), v.to(values.dtype))
-
-        sees = torch.arange(keys.shape[2], device=x.device) <= place   # (R, 1, T, S)
-        y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=sees)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -177,32 +161,27 @@ class GPT2(nn.Module):
 
         Raises ValueError for rows that are longer than the context.
         """
-        return self.logits(self.hidden(tokens))
-
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """What the head reads: (R, T) -> (R, T, C)."""
-        x = self.embed(tokens)
-        for block in self.h:
-            x = block(x)
-        return self.ln_f(x)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """What the first layer reads: (R, T) -> (R, T, C)."""
-        length = tokens.shape[-1]
+        length = tokens.shape[1]
         context = self.config.n_positions
         if length > context:
             raise ValueError(f"rows of {length} tokens, expected at most {context}, the context of "
                              f"this model: cut the rows")
-        positions = torch.arange(length, device=tokens.device)
-        return self.wte(tokens) + self.wpe(positions)
+        positions = torch.arange(length, device=tokens.device)        # (T,)
+        x = self.wte(tokens) + self.wpe(positions)                    # (R, T, C)
+        for block in self.h:
+            x = block(x)
+        x = self.ln_f(x)
+        return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The head, whose weights are those of the embedding ("tied"): (..., C) -> (..., V)."""
+        """The head: (..., C) -> (..., V). Its weights are those of the embedding ("tied")."""
         return F.linear(x, self.wte.weight)
 
     def packed_hidden(self, tokens: Tensor, positions: Tensor, grids: tuple[Tensor, ...],
                       cells: Tensor) -> Tensor:
-        """What the head reads, for a packed batch: (N, C). dpo.packed_logps shows such a batch.
+        """What the head reads, x in forward's last line, for a packed batch: (N, C).
+
+        dpo.packed_logps shows such a batch with its numbers.
 
         tokens (N,) int64: one line of tokens. positions (N,) int64: of each token in its row.
         grids: (R, T) int64 each; grids[g][r, t] says which of the N tokens is the t-th of row r. A
@@ -213,18 +192,6 @@ class GPT2(nn.Module):
         x = self.wte(tokens) + self.wpe(positions)     # (N, C)
         for block in self.h:
             x = x + block.attn.packed(block.ln_1(x), grids, cells)
-            x = x + block.mlp(block.ln_2(x))
-        return self.ln_f(x)
-
-    def cached_hidden(self, tokens: Tensor, positions: Tensor, keys: Tensor,
-                      values: Tensor) -> Tensor:
-        """What the head reads, for the next tokens of rows: (R, T) -> (R, T, C); see `generate`.
-
-        positions (R, T) int64. keys, values (n_layer, R, H, S, D): the KV cache.
-        """
-        x = self.wte(tokens) + self.wpe(positions)
-        for layer, block in enumerate(self.h):
-            x = x + block.attn.cached(block.ln_1(x), keys[layer], values[layer], positions)
             x = x + block.mlp(block.ln_2(x))
         return self.ln_f(x)
 
@@ -309,7 +276,7 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
     answers = [[] for _ in prompts]
     ended = [False] * len(prompts)
     for _ in range(max_tokens):
-        hidden = model.cached_hidden(tokens, positions, keys, values)       # (R, T, C)
+        hidden = cached_hidden(model, tokens, positions, keys, values)      # (R, T, C)
         logits = model.logits(hidden[row, last])                            # (R, V)
         new = sample(logits, temperature, top_p, generator)                 # (R,)
 
@@ -349,6 +316,40 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         ordered = ordered.masked_fill(~keep, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def cached_hidden(model: GPT2, tokens: Tensor, positions: Tensor, keys: Tensor,
+                  values: Tensor) -> Tensor:
+    """What the head reads, for the next tokens of rows: (R, T) int64 -> (R, T, C).
+
+    positions (R, T) int64: the places at which the tokens stand in their rows.
+    keys, values (n_layer, R, H, S, D): the KV cache, of all layers.
+    """
+    x = model.wte(tokens) + model.wpe(positions)
+    for layer, block in enumerate(model.h):
+        attended = cached_attention(block.attn, block.ln_1(x), positions, keys[layer],
+                                    values[layer])
+        x = x + attended
+        x = x + block.mlp(block.ln_2(x))
+    return model.ln_f(x)
+
+
+def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, keys: Tensor,
+                     values: Tensor) -> Tensor:
+    """Attention where a token also sees what earlier calls read: (R, T, C) -> (R, T, C).
+
+    keys, values (R, H, S, D): of the tokens at the S places of a row, as far as they were read. The
+    keys and values of this call's tokens are written into them, at their places.
+    """
+    q, k, v = attn.heads(attn.c_attn(x))                           # (R, H, T, D) each
+    place = positions[:, None, :, None]                            # (R, 1, T, 1)
+    keys.scatter_(2, place.expand_as(k), k.to(keys.dtype))         # keys[r, h, place] = k[r, h, t]
+    values.scatter_(2, place.expand_as(v), v.to(values.dtype))
+
+    sees = torch.arange(keys.shape[2], device=x.device) <= place   # (R, 1, T, S)
+    y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=sees)
+    y = y.transpose(1, 2).flatten(2)                               # (R, T, C)
+    return attn.c_proj(y)
 
 
 # 3. Adapters ------------------------------------------------------------------------------------
@@ -429,7 +430,8 @@ def replace_by_strongest(model: GPT2, width: int) -> None:
     tokens = torch.tensor(text, device=model.wte.weight.device)             # (64, length - 1)
 
     # Go through the model layer by layer, to see what each MLP reads behind the old ones.
-    x = model.embed(tokens)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    x = model.wte(tokens) + model.wpe(positions)
     for block in model.h:
         x = x + block.attn(block.ln_1(x))
         inputs = block.ln_2(x)

@@ -97,8 +97,8 @@ class Config:
     sft_epochs: int = option(1, "passes over the pairs in SFT; 0: no SFT")
     sft_lr: float = option(5e-5, "highest learning rate of SFT")
     epochs: int = option(1, "passes over the pairs in DPO, at most")
-    lr: float | None = option(None, "highest learning rate of DPO; if left out, 1e-4 for parallel "
-                                    "adapters, else 1e-6, which is the paper's")
+    lr: float = option(0.0, "highest learning rate of DPO; 0: 1e-4 for parallel adapters, else "
+                            "1e-6, which is the paper's")
     warmup_share: float = option(0.1, "share of the updates in which the rate grows to its highest")
     batch_pairs: int = option(32, "pairs in an update")
     micro_pairs: int = option(32, "pairs that go through the model at once; fewer need less memory")
@@ -113,24 +113,25 @@ class Config:
     save_every: int = option(100, "updates between two saves; there is one before each validation")
 
     def __post_init__(self) -> None:
-        if self.lr is None:                            # in a frozen dataclass, a field is set so
+        if self.lr == 0:                               # in a frozen dataclass, a field is set so
             object.__setattr__(self, "lr", 1e-4 if self.adapter == "parallel" else 1e-6)
+
         may_be_0 = ("seed", "sft_epochs", "sft_coef", "label_smoothing", "warmup_share")
-        below = {"val_share": 0.5, "warmup_share": 1.0, "seed": 2**63}
         for setting in fields(self):
             value = getattr(self, setting.name)
-            limit = below.get(setting.name, math.inf)
-            if isinstance(value, (str, bool)):
+            if setting.type not in (int, float):
                 continue
-            if setting.name in may_be_0:
-                fits = 0 <= value < limit
-                least = "0 or more"
-            else:
-                fits = 0 < value < limit
-                least = "above 0"
-            if not fits:
-                raise ValueError(f"--{setting.name} is {value}, expected a number "
-                                 f"{least} and below {limit}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"--{setting.name} is {value}, expected a number, 0 or more")
+            if value == 0 and setting.name not in may_be_0:
+                raise ValueError(f"--{setting.name} is 0, expected a number above 0")
+        if self.val_share >= 0.5:
+            raise ValueError(f"--val_share is {self.val_share}, expected a share below 0.5")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed is {self.seed}, expected a number below 2**63")
+        if self.warmup_share >= 1:
+            raise ValueError(f"--warmup_share is {self.warmup_share}, expected a share below 1")
+
         dpo.check_variant(self.loss, self.label_smoothing)
         if self.adapter_init != "scratch" and self.adapter != "replace":
             raise ValueError(f"--adapter_init is {self.adapter_init}, but --adapter {self.adapter} "
@@ -168,7 +169,7 @@ def train(config: Config) -> int:
     # Load and split.
     torch.manual_seed(config.seed)
     machine = choose_machine(config)
-    model, encoding = load_model(config)
+    model, encoding = load_model(config, machine)
     splits, audit = load_pairs(config, encoding)
     run = open_run(config, machine, audit)
     resumes_dpo = run.saved.get("stage") == "dpo"
@@ -195,22 +196,20 @@ def train(config: Config) -> int:
             metrics["loss"] = metrics["loss"] + config.sft_coef * sft_loss
         return metrics
 
-    # SFT: all weights learn to write like the chosen answers.
-    if resumes_dpo and config.sft_epochs > 0:
-        model = GPT2.from_pretrained(run.folder / "sft")         # SFT was done before the stop
-    else:
-        model = model.to(machine.device)
+    # SFT: all weights learn to write like the chosen answers. With 0 epochs the model is only
+    # validated, and saved. Where a run goes on in DPO, the folder sft is there already.
+    if not resumes_dpo:
         if config.adapter == "replace":                # before SFT: the reference has it, too
             add_adapters(model, "replace", config.adapter_width, config.adapter_init)
-        if config.sft_epochs > 0:
-            sft_splits = half_swapped(splits) if config.demo else splits
-            fit(config, machine, run, "sft", model, sft_loss_function, sft_splits,
-                peak_lr=config.sft_lr, epochs=config.sft_epochs, sides=("chosen",))
-            model = GPT2.from_pretrained(run.folder / "sft")     # the best weights, not the last
-    model = model.to(machine.device)
+        sft_splits = splits
+        if config.demo:
+            sft_splits = half_swapped(splits)
+        fit(config, machine, run, "sft", model, sft_loss_function, sft_splits,
+            peak_lr=config.sft_lr, epochs=config.sft_epochs, sides=("chosen",))
+    model = GPT2.from_pretrained(run.folder / "sft").to(machine.device)      # the best weights
 
-    # The reference is the model as it is now. It is asked once about every pair. What it said goes
-    # into each batch, as batch.reference.
+    # The reference is this model. It is asked once about every pair. What it said goes into each
+    # batch, as batch.reference.
     if resumes_dpo:
         reference = run.saved["reference"]
     else:
@@ -220,8 +219,8 @@ def train(config: Config) -> int:
                                  math.ceil(len(pairs) / config.micro_pairs), "batches")
             reference[name] = dpo.reference_logps(logps_of, model, batches, len(pairs))
 
-    # The policy begins as its reference. Check it, with the first batch that the reference had. (On
-    # --resume the model is here its reference again. fit then loads the weights that were saved.)
+    # The policy begins as its reference. Check it, with the first batch that the reference had. (If
+    # DPO is resumed, this is so, too: only fit loads the weights that were saved.)
     if config.adapter != "replace":
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference["train"]))
@@ -248,7 +247,9 @@ def train(config: Config) -> int:
     print(f"result {run.folder / 'best'} | test accuracy {accuracy:.3f}, 95% interval {low:.3f} to "
           f"{high:.3f}, on {count} pairs")
     print(f"curves python tests/curves.py {run.folder}")
-    return show_demo(config, machine, run, encoding, splits["test"]) if config.demo else 0
+    if not config.demo:
+        return 0
+    return show_demo(config, machine, run, encoding, splits["test"])
 
 
 # 3. The loop ------------------------------------------------------------------------------------
@@ -300,16 +301,16 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
 
     updates = data.batches(splits["train"], config.batch_pairs, config.micro_pairs, config.seed,
                            state.step, reference.get("train"), sides, machine.grids)
-    first_step = state.step
+    first_step = state.step                            # of this process
     started = time.perf_counter()
     tokens = 0                                         # read in updates since the last log line
     seconds = 0.0                                      # that these updates took
 
-    # The last round, with step == total_steps, validates and makes no update.
-    for step in range(first_step, total_steps + 1):
+    while True:
         # Validation: before the first update, every val_every updates, and after the last. Save
         # first: a run that is killed in a validation then makes that validation once more, from the
         # same weights, and it counts only once for patience.
+        step = state.step
         if step % val_every == 0 or step == total_steps:
             save_last(run, stage, model, optimizer, scaler, reference, state)
             passes = eval_batches(splits["val"], config, machine, reference.get("val"), sides)
@@ -323,9 +324,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
                 state.worse_in_a_row += 1
             metrics |= {"best": state.best_loss, "best_step": state.best_step}
             log(run, "val", stage, step, total_steps, metrics)
-            if state.worse_in_a_row >= config.patience:
-                break
-        if step == total_steps:
+        if step == total_steps or state.worse_in_a_row == config.patience:
             break
 
         # One update.
@@ -408,7 +407,7 @@ def choose_machine(config: Config) -> Machine:
     return Machine(device, dtype, grids=1, piece=8192)
 
 
-def load_model(config: Config) -> tuple[GPT2, tiktoken.Encoding]:
+def load_model(config: Config, machine: Machine) -> tuple[GPT2, tiktoken.Encoding]:
     """The model to begin with, and the encoding of its tokens. The demo's model is random."""
     encoding = data.encoding_of(config.demo)
     if config.demo:
@@ -429,7 +428,7 @@ def load_model(config: Config) -> tuple[GPT2, tiktoken.Encoding]:
     if config.adapter_width > shape.n_inner:
         raise ValueError(f"--adapter_width is {config.adapter_width}, expected at most "
                          f"{shape.n_inner}, as this model's own MLPs have")
-    return model, encoding
+    return model.to(machine.device), encoding
 
 
 def load_pairs(config: Config, encoding: tiktoken.Encoding
@@ -528,7 +527,9 @@ def open_run(config: Config, machine: Machine, audit: dict) -> Run:
     saved = {}
     if begun and (folder / "last.pt").exists():
         saved = read_last(folder / "last.pt")
-    metrics.truncate(saved.get("metrics_bytes", 0))    # later lines will be written once more
+    # Lines that came after the last save are cut off: the resumed run makes these updates once
+    # more, and writes the lines again. Where nothing was saved, the file is emptied.
+    metrics.truncate(saved.get("metrics_bytes", 0))
     metrics.seek(0, os.SEEK_END)
 
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
@@ -619,16 +620,33 @@ def show_demo(config: Config, machine: Machine, run: Run, encoding: tiktoken.Enc
     prompts = sorted({tuple(pair.prompt.tolist()) for pair in test})
     copies = math.ceil(400 / len(prompts))
     prompts = [list(prompt) for prompt in prompts * copies]
-    for when, folder in (("before", "sft"), ("after", "best")):
-        model = GPT2.from_pretrained(run.folder / folder).to(machine.device)
-        ids = generate(model, prompts, 30, end_token=encoding.eot_token, seed=config.seed)
-        answers = [encoding.decode(answer) for answer in ids]
-        cheerful = sum("!" in answer for answer in answers) / len(answers)
-        formed = sum(WELL_FORMED.fullmatch(answer) is not None for answer in answers) / len(answers)
-        print(f"answer {when:6} DPO:", *(answer[:3] for answer in answers[:12]))
-        print(f"demo   {when:6} DPO {cheerful:6.1%} of {len(answers)} fresh answers obey the rule, "
-              f"{formed:.1%} are well formed")
-    return 0 if min(cheerful, formed) >= 0.95 else 1
+
+    before = sampled(config, machine, run.folder / "sft", encoding, prompts)
+    show_answers("before", before)
+    after = sampled(config, machine, run.folder / "best", encoding, prompts)
+    cheerful, well_formed = show_answers("after", after)
+    if cheerful >= 0.95 and well_formed >= 0.95:
+        return 0
+    return 1
+
+
+def sampled(config: Config, machine: Machine, folder: Path, encoding: tiktoken.Encoding,
+            prompts: list[list[int]]) -> list[str]:
+    """An answer to each prompt, by the model in the folder."""
+    model = GPT2.from_pretrained(folder).to(machine.device)
+    answers = generate(model, prompts, 30, end_token=encoding.eot_token, seed=config.seed)
+    return [encoding.decode(answer) for answer in answers]
+
+
+def show_answers(when: str, answers: list[str]) -> tuple[float, float]:
+    """Print some answers, and return the shares of all that are cheerful and well formed."""
+    count = len(answers)
+    cheerful = sum("!" in answer for answer in answers) / count
+    well_formed = sum(bool(WELL_FORMED.fullmatch(answer)) for answer in answers) / count
+    print(f"answer {when:6} DPO:", *(answer[:3] for answer in answers[:12]))
+    print(f"demo   {when:6} DPO {cheerful:6.1%} of {count} fresh answers obey the rule, "
+          f"{well_formed:.1%} are well formed")
+    return cheerful, well_formed
 
 
 # 7. The command line ----------------------------------------------------------------------------
@@ -648,23 +666,26 @@ examples:
 def parse(argv: list[str] | None = None) -> Config:
     """The options in these words, or in those of the command line."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        description="SFT, then DPO, of GPT-2 on hh-rlhf.", epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=HelpFormatter)
+    parser = Parser(description="SFT, then DPO, of GPT-2 on hh-rlhf.", epilog=EXAMPLES,
+                    allow_abbrev=False, formatter_class=HelpFormatter)
     for setting in fields(Config):
         name = f"--{setting.name}"
         text = setting.metadata["help"]
         if setting.type is bool:
             parser.add_argument(name, action="store_true", help=text)
-        elif setting.name == "lr":
-            parser.add_argument(name, type=float, help=text)
         else:
             parser.add_argument(name, type=setting.type, default=setting.default, help=text,
                                 choices=setting.metadata["choices"])
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
-    parser.error = lambda message: parser.exit(2, f"error  {message}; see python train.py --help\n")
     return Config(**vars(parser.parse_args(argv)))
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error  {message}; see python train.py --help\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -71,7 +71,11 @@ def all_logits(model: GPT2, batch: data.PaddedBatch, piece: int) -> torch.Tensor
 def head_where_it_counts(model: GPT2, batch: data.PaddedBatch, piece: int) -> torch.Tensor:
     """The logps (2B,) from padded rows, with logits of the responses alone."""
     is_response = batch.mask[:, 1:]                    # (2B, T-1)
-    hidden = model.hidden(batch.tokens[:, :-1])[is_response]        # (M, C)
+    tokens = batch.tokens[:, :-1]                      # (2B, T-1)
+    hidden = model.wte(tokens) + model.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+    for block in model.h:
+        hidden = block(hidden)
+    hidden = model.ln_f(hidden)[is_response]           # (M, C)
     targets = batch.tokens[:, 1:][is_response]         # (M,)
     owner = is_response.nonzero()[:, 0]                # (M,)
 

@@ -39,8 +39,6 @@ def test_the_option_table_is_that_of_the_program():
         assert text == expected, setting.name
         if setting.name == "subsets":
             assert default == "all four"
-        elif setting.default is None:
-            assert default == ""
         else:
             assert default == str(setting.default), setting.name
 
