@@ -49,9 +49,9 @@ ASSISTANT = "\n\nAssistant:"
 
 
 class Pair(NamedTuple):
-    """A comparison: two responses to one prompt, of which people preferred the chosen one.
+    r"""A comparison: two responses to one prompt, of which people preferred the chosen one.
 
-    prompt:   "\\n\\nHuman: Name a color.\\n\\nAssistant:"
+    prompt:   "\n\nHuman: Name a color.\n\nAssistant:"
     chosen:   " Blue is a color."
     rejected: " Red."
 
@@ -163,7 +163,7 @@ def split(pairs: list[Pair], test: list[Pair],
           share: float) -> tuple[dict[str, list[Pair]], Counter]:
     """The splits "train", "val" and "test", and how many pairs were dropped.
 
-    About `share` of the prompts go to val. If `test` is empty, another `share` becomes the test.
+    About `share` of the prompts go to val. If `test` is empty, as many again go to test.
     The hash of a prompt decides, so equal prompts are never in two splits, in whatever order the
     pairs come and on whatever machine. If rows were drawn instead, a prompt that has several pairs
     would be trained on and tested on. For the same reason a pair whose prompt stands in `test` is
@@ -209,9 +209,10 @@ def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
              max_prompt_tokens: int) -> tuple[list[TokenPair], Counter]:
     """The ids of the pairs; and how many pairs were "cut", or dropped as "equal after cutting".
 
-    A prompt that is too long loses its beginning, once, so that both sides have the same prompt.
-    Each response may then fill what is left of max_tokens. One that is too long loses its end and
-    has no end-of-text token: it does not end there. Text that looks like a special token is text.
+    A prompt that is too long loses its beginning, before one looks at the responses: so both have
+    the same prompt. Each response may then fill what is left of max_tokens. A response that is too
+    long loses its end and has no end-of-text token, as it does not end there. A "<|endoftext|>"
+    that somebody has typed stays text.
 
     Raises ValueError unless 0 < max_prompt_tokens < max_tokens.
     """
@@ -326,9 +327,10 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
 
     sides: ("chosen", "rejected") for DPO, or ("chosen",) for supervised fine-tuning.
 
-    reference (2, pairs of the data set) float32: what dpo.reference_logps returned, or None.
-    grids: attention's rows stand in so many grids, each as wide as its longest row. Several grids
-    are of rows of like length: they hold less padding, and take more calls.
+    reference (2, pairs of the data set) float32: what dpo.reference_logps returned, for DPO; or
+    None.
+    grids: attention's rows stand in so many grids, each as wide as its longest row. With more grids
+    the rows of each are of more similar length: there is less padding, and there are more calls.
     """
     line = []                      # arrays of ids: a prompt, its responses, the next prompt, ...
     positions = []                 # an array for each array in `line`
@@ -366,10 +368,11 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
         predicts.append(row[-len(response):])
         owner.append(np.full(len(response), number))
 
-    of_reference = torch.full((len(all_rows),), math.nan)
-    if reference is not None:
-        of_sides = reference[[SIDES.index(side) for side in sides]]          # (2, data set)
-        of_reference = of_sides[:, torch.as_tensor(numbers)].flatten()       # (2, B) -> (2B,)
+    if reference is None:
+        of_reference = torch.full((len(all_rows),), math.nan)
+    else:
+        assert sides == SIDES, f"the reference is of both sides, the batch of {sides}"
+        of_reference = reference[:, torch.as_tensor(numbers)].flatten()      # (2, B) -> (2B,)
     grid_tensors, cells = make_grids(all_rows, length, grids)
     return Batch(
         tokens=joined(line),
@@ -395,6 +398,7 @@ def make_grids(rows: list[np.ndarray], length: int,
     cells of two.
 
     A prompt's tokens have the same results in both of their rows: no token sees what comes later.
+    Either may be taken. No gradient is lost: both rows read their keys and values from the line.
     """
     order = np.arange(len(rows))
     if count > 1:
@@ -408,8 +412,8 @@ def make_grids(rows: list[np.ndarray], length: int,
         for i, number in enumerate(group):
             row = rows[number]
             grid[i, :len(row)] = row
-            # The cells of this row begin at row_start. A prompt stands in two rows: what the later
-            # one writes here overwrites what the earlier one wrote, and either will do.
+            # The cells of this row begin at row_start. A prompt stands in two rows: the later row
+            # overwrites the cells that the earlier one wrote.
             row_start = first_cell + i * width
             for t, place in enumerate(row):
                 cells[place] = row_start + t
@@ -471,8 +475,8 @@ def micro_batches(pairs: list[TokenPair], numbers: np.ndarray, micro_pairs: int,
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     """The numbers from 0 to count - 1 in an order that follows from (seed, epoch) alone.
 
-    The order that sorts random numbers is a random order. numpy promises that those of PCG64 stay
-    the same in later versions (NEP 19); for its own shuffle it promises no such thing.
+    The order that sorts random numbers is a random order. numpy promises that the numbers of PCG64
+    stay the same in later versions (NEP 19). It promises no such thing for its shuffle.
     """
     bits = np.random.PCG64([seed, epoch]).random_raw(count)
     return bits.argsort(kind="stable")
@@ -510,7 +514,7 @@ def encoding_of(demo: bool) -> tiktoken.Encoding:
     """GPT-2's encoding; for the demo, which downloads nothing, bytes: ids 0 to 255, and 256."""
     if not demo:
         return tiktoken.get_encoding("gpt2")
-    return tiktoken.Encoding(
+    return tiktoken.Encoding(                      # each byte is a token, and nothing is merged
         "bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
         special_tokens={"<|endoftext|>": 256})
 

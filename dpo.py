@@ -33,7 +33,8 @@ of the pairs in the data set. The 8 rows with the chosen responses come first.
     check_start(logps_of(model, batches[0]), reference_of(batches[0]))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = cosine_lr(step, 1e-6, 10, len(batches))
+        lr = cosine_lr(step, peak=1e-6, warmup_steps=10, total_steps=len(batches))
+        optimizer.param_groups[0]["lr"] = lr
         metrics = train_step(model, [batch], optimizer, loss_function)
 """
 
@@ -57,9 +58,10 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
 
     The log of a ratio is a difference of two logs, and the logs are what this function takes. The
     first four arguments are (B,): log pi(response | prompt) in nats, summed over the tokens of the
-    response. `policy` is the model that trains, `reference` the frozen model that it began as.
-    beta is the price of leaving the reference, the weight of the KL term in the objective. The
-    larger it is, the closer the policy stays.
+    response. `policy` is the model that trains, `reference` a frozen copy of it from before the
+    first update. beta is the price of leaving the reference: the weight of the KL term in the
+    paper's objective, mean reward - beta * KL(pi || pi_ref). The larger beta is, the closer the
+    policy stays.
 
     Returns the loss and the two implicit rewards, (B,) each. The rewards are for logging, so they
     carry no gradient.
@@ -77,6 +79,8 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
 
 def sft_loss(chosen: Tensor, chosen_tokens: Tensor) -> Tensor:
     """The loss of the stage before DPO, supervised fine-tuning (SFT): nats a token, (B,).
+
+    Each response counts the same, however long it is.
 
     chosen (B,): logps of the chosen responses, as above. chosen_tokens (B,) int64: their lengths.
     """
@@ -97,14 +101,14 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     token sees it. What the model predicts on the padding is dropped here, by `mask`.
     """
     logits = model(tokens[:, :-1])                     # (R, T-1, V): position t predicts token t+1
-    logits = at_least_float32(logits)                  # near -100, bfloat16 has steps of 0.5
+    logits = at_least_float32(logits)                  # so are log_softmax and the sum below
     targets = tokens[:, 1:]                            # (R, T-1): the tokens that came
     is_response = mask[:, 1:]                          # (R, T-1): which of them count
 
-    logps = logits.log_softmax(-1)                                # (R, T-1, V)
-    logps = logps.gather(-1, targets[:, :, None]).squeeze(-1)     # (R, T-1): of the targets alone
-    logps = logps.masked_fill(~is_response, 0.0)
-    return logps.sum(-1)                               # a sum, not a mean: of a whole response
+    log_softmax = logits.log_softmax(-1)                                   # (R, T-1, V)
+    token_logps = log_softmax.gather(-1, targets[:, :, None]).squeeze(-1)  # (R, T-1)
+    token_logps = token_logps.masked_fill(~is_response, 0.0)
+    return token_logps.sum(-1)                         # a sum, not a mean: of a whole response
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -173,10 +177,11 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     """The 95% interval of a share: what it may be, given that `count` samples had this mean.
 
-    Wilson 1927 (JASA 22, p. 209). It has some width even where all samples agree, unlike
-    mean +- 1.96 standard errors. A sample may also be a score between 0 and 1, such as 1/2 for a
-    tie: then the interval is wider than it need be. Raises ValueError unless count is above 0 and
-    mean lies in [0, 1].
+    Wilson 1927 (JASA 22, p. 209): all shares p with |mean - p| <= z * sqrt(p * (1 - p) / count). It
+    has some width even where all samples agree, unlike mean +- 1.96 standard errors. A sample may
+    also be a score between 0 and 1, such as 1/2 for a tie. Such scores vary less than zeros and
+    ones with the same mean, so the interval is then wider than it need be. Raises ValueError unless
+    count is above 0 and mean lies in [0, 1].
 
     >>> low, high = wilson_interval(1.0, 2)  # two of two
     >>> f"{low:.2f} to {high:.2f}"
@@ -220,9 +225,19 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
 LossFunction = Callable[[nn.Module, object], dict[str, Tensor]]   # (model, batch) -> metrics (B,)
 
 
-def as_table(metrics: dict[str, Tensor]) -> Tensor:
-    """The metrics, (B,) each, as one tensor (number of metrics, B), without their gradients."""
-    return torch.stack(list(metrics.values())).detach()
+def mean_over_pairs(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each metric over the pairs of all parts: tensors (), without gradient."""
+    means = {}
+    for name in parts[0]:
+        values = torch.cat([part[name] for part in parts])        # (pairs of all parts,)
+        means[name] = values.detach().mean()
+    return means
+
+
+def as_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """The numbers of tensors (). All are read at once: for each read, Python waits for the GPU."""
+    numbers = torch.stack(list(metrics.values())).tolist()
+    return dict(zip(metrics, numbers, strict=True))
 
 
 def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Optimizer,
@@ -245,28 +260,24 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
         scaler = torch.amp.GradScaler(enabled=False)   # its calls below then change nothing
 
     pairs = sum(len(batch.pairs) for batch in micro_batches)
-    tables = []
+    parts = []
     for batch in micro_batches:
         metrics = loss_function(model, batch)
-        names = list(metrics)
         # By the pairs of the whole update: a short micro-batch must not weigh like a full one.
         loss = metrics["loss"].sum() / pairs
         scaler.scale(loss).backward()                  # adds to the gradients that are there
-        tables.append(as_table(metrics))
+        parts.append(metrics)
 
     scaler.unscale_(optimizer)                         # gradients back to their true size
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
-    # A GPU computes while Python goes on. To read a number from it is to wait for it, so all
-    # numbers are read at once.
-    means = torch.cat(tables, dim=1).mean(1)           # (number of metrics,)
-    numbers = torch.cat([means, grad_norm.reshape(1)]).tolist()
-    result = dict(zip([*names, "grad_norm"], numbers, strict=True))
-
+    means = mean_over_pairs(parts)
+    means["grad_norm"] = grad_norm
+    result = as_floats(means)
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
         scaler.step(optimizer)                         # optimizer.step()
-    scaler.update()                                    # a lower scale, if gradients overflowed
+    scaler.update()        # for the next step: a lower scale, if unscale_ met inf or nan
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -275,13 +286,8 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
 @torch.no_grad()
 def val_step(model: nn.Module, batches: Iterable, loss_function: LossFunction) -> dict[str, float]:
     """One iteration of validation: the mean of every metric over all pairs of the batches."""
-    tables = []
-    for batch in batches:
-        metrics = loss_function(model, batch)
-        names = list(metrics)
-        tables.append(as_table(metrics))
-    means = torch.cat(tables, dim=1).mean(1).tolist()
-    return dict(zip(names, means, strict=True))
+    parts = [loss_function(model, batch) for batch in batches]
+    return as_floats(mean_over_pairs(parts))
 
 
 def check_start(policy: Tensor, reference: Tensor) -> None:
@@ -296,7 +302,7 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
     model before it has learnt anything.
 
     Only rounding is allowed, of 4 times float32's relative precision: some devices add up numbers
-    in a changing order. For logps near -150 that is 0.00007 nats.
+    in a changing order. For logps near -150 that is 4 * 1.2e-7 * 150 = 0.00007 nats.
     """
     difference = (policy - reference).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
@@ -318,11 +324,11 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 # - Logits of prompts and padding. The loss needs only those that predict a token of a response, and
 #   GPT-2's head, with its 50,257 words, is a large part of the model.
 #
-# A packed batch has none of this outside attention. Its tokens stand in one line: each prompt once,
-# then its two responses. Nearly all that a Transformer does, it does to each token alone, so it
-# needs no rows. Only attention does. It gathers rows from the line, and takes the results back to
-# the line; so attention alone still sees each prompt twice, and some padding. train.py trains with
-# packed batches.
+# In a packed batch the tokens stand in one line: each prompt once, then its two responses. Nearly
+# all that a Transformer does, it does to each token alone, so it needs no rows, and none of the
+# three is computed. Only attention needs rows. It gathers them from the line, and takes the results
+# back to the line. So inside attention there are still prompts twice, and some padding. train.py
+# trains with packed batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
 # two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit e764479):
@@ -354,8 +360,12 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     ...                    data.TokenPair([12], [40], [41, 42])], numbers=[0, 1])
 
     In one line stand the 7 tokens that are read. The last token of a response is predicted, but
-    nothing is predicted from it, so it is not among them. A position counts from the start of the
-    token's own row: 30 follows the prompt, as 20 does.
+    nothing is predicted from it, so it is not among them. A place counts along the line. A position
+    counts from the start of the token's own row: 30 follows the prompt, as 20 does.
+
+        place        0  1  2  3  4  5  6
+        token       10 11 20 21 30 12 41
+        position     0  1  2  3  2  0  1
 
     >>> batch.tokens
     tensor([10, 11, 20, 21, 30, 12, 41])
@@ -363,7 +373,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     tensor([0, 1, 2, 3, 2, 0, 1])
 
     Attention sees a grid of rows (here one grid), a row for each response. A cell of the grid holds
-    a place in the line, from 0 to 6. Padding is place 0, too: nobody reads the result there.
+    a place in the line. Padding is place 0, too: nobody reads the result there.
 
     >>> batch.grids[0]
     tensor([[0, 1, 2, 3],
@@ -371,20 +381,20 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
             [0, 1, 4, 0],
             [5, 6, 0, 0]])
 
-        row of response             its places   its tokens      its cells' numbers
+        row of response             its places   its tokens     the numbers of its cells
         0: chosen of pair 0         0  1  2  3   10 11 20 21      0  1  2  3
         1: chosen of pair 1         5  .  .  .   12               4  5  6  7
         2: rejected of pair 0       0  1  4  .   10 11 30         8  9 10 11
         3: rejected of pair 1       5  6  .  .   12 41           12 13 14 15
 
-    After attention, each of the 7 tokens takes its result from one cell. A prompt stands in two
-    rows, with the same result in both; the lower one is taken.
+    After attention, each of the 7 tokens takes its result from one cell: 20 from cell 2, say. A
+    prompt stands in two rows, with the same result in both; the lower one is taken.
 
-    >>> batch.cells            # of the tokens 10, 11, 20, 21, 30, 12, 41
+    >>> batch.cells            # of the places 0 to 6
     tensor([ 8,  9,  2,  3, 10, 12, 13])
 
-    Each token of a response is predicted at one of these places: its first token at the prompt's
-    last place, which so stands here twice, and the others at the response's own places.
+    Each token of a response is predicted at one place: its first token at the prompt's last place,
+    and the others at the response's own places. So place 1 predicts both 20 and 30.
 
     >>> torch.stack([batch.predicts, batch.targets, batch.owner])
     tensor([[ 1,  2,  3,  5,  1,  4,  5,  6],
@@ -403,13 +413,14 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     hidden = model.packed_hidden(batch.tokens, batch.positions, batch.grids, batch.cells)  # (N, C)
     hidden = hidden.index_select(0, batch.predicts)    # (M, C): only what predicts a response
 
-    # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. Subtract the head's mean row
-    # from all of its rows: all V logits of a prediction then change by the same number, h . mean,
-    # and lie near 0. A softmax does not change with such a number, so its gradient is 0: detach.
+    # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. They lie near 0 when the head's
+    # mean row is subtracted from all of its rows. The V logits of a prediction then all fall by one
+    # number, hidden . mean. No softmax changes by that, so the mean needs no gradient.
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
     head = head - head.detach().mean(0)
 
-    # Autocast does not reach into TargetLogps' backward pass, so the casts are made by hand here.
+    # Autocast does not reach into a backward pass. Without these casts the products in that of
+    # TargetLogps would be in float32, and slow.
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         hidden = hidden.to(torch.get_autocast_dtype(device_type))
@@ -467,13 +478,14 @@ class TargetLogps(torch.autograd.Function):
         d_head = None
         if ctx.needs_input_grad[1]:
             d_head = torch.zeros_like(head, dtype=grad.dtype)                # (V, C)
-            d_head.index_add_(0, targets, weighted.to(grad.dtype))           # h, at the targets
+            # The two terms of the second derivative: h at the targets, and softmax times h.
+            d_head.index_add_(0, targets, weighted.to(grad.dtype))
             for h, w in zip(hidden.split(ctx.piece), weighted.split(ctx.piece), strict=True):
                 softmax = at_least_float32(head @ h.T).softmax(0).to(h.dtype)
                 if w.dtype == d_head.dtype:
-                    d_head.addmm_(softmax, w, alpha=-1)        # d_head -= softmax @ w, in place
+                    d_head.addmm_(softmax, w, alpha=-1)        # the same, without a second (V, C)
                 else:
-                    d_head -= softmax @ w                      # softmax times h
+                    d_head -= softmax @ w
             d_head = d_head.to(head.dtype)
         d_hidden = None
         if ctx.needs_input_grad[0]:
@@ -498,29 +510,27 @@ def variant_loss(policy: Tensor, reference: Tensor, response_tokens: Tensor, bet
     check_variant(variant, label_smoothing)
     chosen_logratio, rejected_logratio = (policy - reference).chunk(2)       # (B,) each
     chosen_tokens, rejected_tokens = response_tokens.chunk(2)
-    margin = beta * (chosen_logratio - rejected_logratio)         # of rewards, as in dpo_loss
+    margin = beta * (chosen_logratio - rejected_logratio)         # the difference of the rewards
     difference_of_means = chosen_logratio / chosen_tokens - rejected_logratio / rejected_tokens
 
     if variant == "sigmoid":
-        # Equation 7. With label_smoothing it is the conservative DPO of Mitchell 2023: a margin
-        # grows only until the model is as sure as the labels are.
+        # Equation 7. With label_smoothing it is the conservative DPO of Mitchell 2023: the loss is
+        # lowest where sigmoid(margin) is 1 - label_smoothing, so a margin doesn't grow without end.
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return (1 - label_smoothing) * right + label_smoothing * wrong
 
     if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409). A share e of the labels is wrong. The mean of
-        # this loss over such labels is what equation 7 would give with right ones, as
-        # (1 - e) * ((1 - e) * right - e * wrong) + e * ((1 - e) * wrong - e * right)
-        # is (1 - 2e) * right.
+        # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share label_smoothing of the labels is
+        # wrong, the mean of this loss is what equation 7 would give with right labels.
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
     if variant == "ipo":
         # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the log-ratios has a
-        # goal, 1 / (2 beta), in place of growing without end. That equation has sums over tokens.
-        # Like trl, we take means.
+        # goal, 1 / (2 beta), in place of growing without end. The paper has sums over tokens. Like
+        # trl, we take means, so beta is the price of a nat a token here.
         return (difference_of_means - 1 / (2 * beta)) ** 2
 
     if variant == "hinge":

@@ -45,6 +45,7 @@ class GPT2Config:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            # type(), since a bool is an int to isinstance. 2**31: a file may hold any number.
             if type(value) is not field.type or not 0 < value < 2**31:
                 raise ValueError(
                     f"{field.name} is {value!r}, expected {field.type.__name__} above 0")
@@ -210,7 +211,9 @@ class GPT2(nn.Module):
             with torch.device("meta"):                 # the shapes alone: no memory, no numbers
                 model = cls(config)
             weights = read_weights(file, dtype)
-            model.load_state_dict(weights, assign=True)  # names what is missing or of a wrong shape
+            # The weights become the model's parameters, and train like any others. An error names
+            # those that are missing or of a wrong shape.
+            model.load_state_dict(weights, assign=True)
         except Exception as error:  # a damaged file, a pickle above all, raises whatever it likes
             raise ValueError(f"{file}: damaged (then delete it), or no GPT-2 that this code can "
                              f"load: {str(error)[:600]}") from error
@@ -220,7 +223,8 @@ class GPT2(nn.Module):
 def initialize(module: nn.Module, n_layer: int) -> None:
     """GPT-2's random start: normal with deviation 0.02, biases 0, LayerNorms as PyTorch makes them.
 
-    c_proj writes into the sum that runs through all layers, 2 * n_layer times: it starts smaller.
+    2 * n_layer matrices c_proj write into the sum that runs through all layers. They start smaller,
+    by the root of that number, so that the sum's size does not grow with the number of layers.
     """
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
@@ -314,6 +318,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         keep = likelier < top_p
         keep[:, 0] = True                              # the likeliest, whatever top_p is
         ordered = ordered.masked_fill(~keep, 0.0)
+        # Back to the order of the vocabulary.
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
@@ -379,8 +384,8 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
     """Give every block an adapter of `width` neurons. Changes the model, and returns it.
 
     "parallel": an adapter beside each MLP. Its last layer is 0 at first, so that the model computes
-    exactly what it did. The adapters alone train: in the first update their last layer, and then
-    both layers.
+    exactly what it did. The adapters alone train. In the first update only their last layer does,
+    as no gradient flows back through a layer of zeros.
     "replace": an adapter in the place of each MLP, either random (init "scratch") or made of the
     MLP's own strongest neurons (init "pretrained"). All weights train.
     "none": no adapter. All weights train.
@@ -429,7 +434,8 @@ def replace_by_strongest(model: GPT2, width: int) -> None:
     text = generate(model, start, length - 1, end_token=-1)      # -1: no token ends a text
     tokens = torch.tensor(text, device=model.wte.weight.device)             # (64, length - 1)
 
-    # Go through the model layer by layer, to see what each MLP reads behind the old ones.
+    # Go through the model layer by layer, to see what each MLP reads. The old MLPs stay in use for
+    # this: the neurons that are strong there are those that the pretrained model relies on.
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     x = model.wte(tokens) + model.wpe(positions)
     for block in model.h:
@@ -566,7 +572,7 @@ def read_weights(file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     for name, tensor in tensors:
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue                                   # causal masks: OpenAI's files hold them, too
+            continue       # "h.0.attn.bias": causal masks, which OpenAI's files hold, too
         if name.endswith(TRANSPOSED):
             tensor = tensor.T
         weights[name] = tensor.to(dtype).contiguous()
@@ -600,7 +606,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 raise ValueError(f"{name:.99} has the shape {shape} at bytes {start} to {stop}, "
                                  f"expected it to begin at {end} and to fit")
             tensor = torch.empty(shape, dtype=dtype)
-            file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+            file.readinto(tensor.view(-1).view(torch.uint8).numpy())    # into its own bytes
             yield name, tensor
             end = stop
     if end != data_size:

@@ -108,7 +108,7 @@ class Config:
     vals_per_epoch: int = option(4, "validations in an epoch, at most; there is one before the "
                                     "first update, too, and always one after the last")
     patience: int = option(4, "training ends after so many validations in a row without a lower "
-                              "loss; one epoch with the default number has too few for that")
+                              "loss; with the other defaults it is over before that")
     log_every: int = option(10, "updates between two lines of the log")
     save_every: int = option(100, "updates between two saves; there is one before each validation")
 
@@ -197,7 +197,7 @@ def train(config: Config) -> int:
         return metrics
 
     # SFT: all weights learn to write like the chosen answers. With 0 epochs the model is only
-    # validated, and saved. Where a run goes on in DPO, the folder sft is there already.
+    # validated, and saved. If DPO is resumed, SFT was done before the stop.
     if not resumes_dpo:
         if config.adapter == "replace":                # before SFT: the reference has it, too
             add_adapters(model, "replace", config.adapter_width, config.adapter_init)
@@ -266,7 +266,8 @@ class State:
     worse_in_a_row: int = 0    # validations since the best one
     skipped: int = 0
     skipped_in_a_row: int = 0
-    window: list = field(default_factory=list)  # metrics of the updates since the last log line
+    # Metrics of the updates since the last log line: so the next line is whole after a resume, too.
+    window: list = field(default_factory=list)
 
 
 def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
@@ -280,7 +281,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     If run.saved is of this stage, the loop goes on from there, as if it had not been stopped.
 
     reference: of each split, what dpo.reference_logps returned. Raises FloatingPointError when
-    MAX_SKIPPED updates in a row had no finite gradient.
+    MAX_SKIPPED updates in a row had no finite loss and gradient.
     """
     reference = reference or {}
     best_folder = run.folder / ("sft" if stage == "sft" else "best")
@@ -300,7 +301,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         state = State(**run.saved["state"])
 
     updates = data.batches(splits["train"], config.batch_pairs, config.micro_pairs, config.seed,
-                           state.step, reference.get("train"), sides, machine.grids)
+                           start=state.step, reference=reference.get("train"), sides=sides,
+                           grids=machine.grids)
     first_step = state.step                            # of this process
     started = time.perf_counter()
     tokens = 0                                         # read in updates since the last log line
@@ -676,7 +678,7 @@ def parse(argv: list[str] | None = None) -> Config:
         else:
             parser.add_argument(name, type=setting.type, default=setting.default, help=text,
                                 choices=setting.metadata["choices"])
-    if "--demo" in argv:
+    if "--demo" in argv:                               # before parsing: what is given still wins
         parser.set_defaults(**DEMO)
     return Config(**vars(parser.parse_args(argv)))
 

@@ -594,10 +594,10 @@ def test_a_batch_has_its_own_pairs_reference_chosen_first():
     assert batch.reference.tolist() == [-11.0, -12.0, -21.0, -22.0]
 
 
-@pytest.mark.parametrize(("side", "reference"), [("chosen", [-12.0, -10.0]),
-                                                 ("rejected", [-22.0, -20.0])])
-def test_a_batch_of_one_side_has_that_sides_reference(side, reference):
-    assert pack(WORKED, [2, 0], TABLE, sides=(side,)).reference.tolist() == reference
+def test_a_reference_is_of_both_sides():
+    """Supervised fine-tuning has one side, and no reference."""
+    with pytest.raises(AssertionError, match="both sides"):
+        pack(WORKED, [2, 0], TABLE, sides=("chosen",))
 
 
 def test_a_reference_that_was_not_asked_is_nan():

@@ -1,262 +1,258 @@
-"""judge.py: the strict parser, both orders, intervals that cover, and servers with every fault."""
+"""judge.py: both orders, verdicts without a parser, judges with known habits, every fault.
+
+Read from top to bottom:
+
+1. verdicts    compare, win_rate, read_letter
+2. a world     a run's folder, and a server that plays the four servers
+3. habits      judges that one can see through, and what is printed about them
+4. faults      each is one line, and nothing is lost
+5. answers     what is sampled, kept, and counted
+6. --ask and --blind, as a user sees them
+"""
 
 import gzip
+import hashlib
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 import threading
-from functools import cache
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
+import requests
 import tiktoken
 import torch
-from urllib3.exceptions import ReadTimeoutError
 
 import data
+import dpo
 import judge
-from judge import Judge, Log, judge_pair, read_letter, win_rate
+from judge import Answer, Verdict, compare, read_letter, win_rate
 from model import GPT2, GPT2Config, save_pretrained
 
-READABLE = [  # an explicit verdict, in words that chat models use
-    ("A", "A"), ("B", "B"), (" A\n", "A"), ("B.", "B"), ("A!", "A"), ("(B)", "B"), ("[[A]]", "A"),
-    ("**B**", "B"), ('"A"', "A"), ("'B'.", "B"), ("`A`", "A"), ("<B>", "B"), ("</s> B", "B"),
-    ("Reply A", "A"), ("reply B.", "B"), ("Option B", "B"), ("Answer: A", "A"),
-    ("Verdict: B.", "B"),
-    ("My answer is A.", "A"), ("The answer is: B", "B"), ("The better reply is A.", "A"),
-    ("The better reply is Reply B.", "B"), ("I choose B", "B"), ("I would choose reply A.", "A"),
-    ("I prefer reply B because it is honest.", "B"), ("I pick (A).", "A"), ("I'd go with B.", "B"),
-    ("Reply A is better.", "A"), ("Reply B is clearly the better one.", "B"),
-    ("B is more helpful.", "B"),
-    ("A is better than B.", "A"), ("Reply **B** serves the user better.", "B"),
-    ("B) It doesn't insult anyone.", "B"), ("A. Reply B does not answer.", "A"),
-    ("A - it is polite, and B isn't.", "A"), ("A, because it is honest.", "A"),
-    ("Sure! Here is my answer:\n\nB", "B"), ("Sure, I'd say A.", "A"), ("Which is better? B.", "B"),
-    ("Based on the message, I would say that reply A serves the user better.", "A"),
-    ("B because it is safer", "B"), ("My choice: B", "B"), ("I vote for A.", "A"),
-    ("Final verdict: A\n\nReply A says what to do.", "A"), ("A: A\nThe answer is A.", "A"),
-    ("Reply B\u2019s tone is rude.\nA", "A"), ("Reply A would be the better choice.", "A")]
-UNREADABLE = [  # an article, both, neither, a refusal, an echo, a doubt: no verdict
-    "", "?", "A reply that helps is better.", "A good answer would be polite.", "a",
-    "As an AI, I can't.",
-    "A better reply would say why.", "I'd choose a kind reply.", "AB", "A and B", "A or B", "A/B",
-    "Reply A or Reply B?", "Both A and B are fine.", "Neither A nor B.", "I cannot choose A.",
-    "I can't say whether A is better.", "If I had to choose, A and B are equal.",
-    "A: 7/10\nB: 8/10",
-    "A is better in tone. B is better in content.", "The answer is A. No, the answer is B.",
-    "Reply A:\nI'm sorry to hear that", "A:\nI'm sorry to hear that", "It isn't B.", "C", "Reply C",
-    "I'm sorry, but comparing these would be harmful.", "Which is better, A or B?",
-    "Option A is worse.",
-    "A is not better.", "A is less helpful than the better reply", "Vitamin A.", "Plan B is safer?"]
+JUDGE = Path(judge.__file__)
+
+# 1. Verdicts ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "letter"), READABLE + [(text, None) for text in UNREADABLE])
-def test_a_letter_counts_only_in_an_explicit_verdict(text, letter):
-    assert len(READABLE) >= 40 and read_letter(text) == letter
+def judge_that_says(*letters: str | None) -> Callable:
+    """A judge with these answers, one after the other."""
+    left = list(letters)
+    return lambda prompt, a, b: left.pop(0)
 
 
-def say(*letters, margins=(None, None)):
-    """A judge that says these letters, first in the given order, then in the other."""
-    lines = iter([{"letter": x, "margin": m} for x, m in zip(letters, margins, strict=True)])
-    return lambda prompt, a, b, order: next(lines)
+@pytest.mark.parametrize(("letters", "score"), [
+    (("A", "B"), 1.0),         # the answer in both orders
+    (("B", "A"), 0.0),
+    (("A", "A"), 0.5),         # the order decides
+    (("B", "B"), 0.5),
+    ((None, "B"), None),
+    (("A", None), None),
+])
+def test_only_who_stays_with_an_answer_in_both_orders_decides(letters, score):
+    verdict = compare(judge_that_says(*letters), "Hi", "Hello", "Go away")
+    assert verdict == Verdict(score, letters)
 
 
-@pytest.mark.parametrize(("letters", "result"), [
-    ("AB", "win"), ("BA", "loss"), ("AA", "flip"), ("BB", "flip"), ((None, "B"), "invalid"),
-    (("A", None), "invalid")])
-def test_only_a_judge_that_stays_with_an_answer_in_both_orders_decides(letters, result):
-    assert judge_pair(say(*letters), "Hi", "Hello", "Go away") == (result, tuple(letters))
-
-
-def test_both_orders_are_asked_and_named():
+def test_both_orders_are_asked():
     asked = []
-    judge_pair(lambda *question: asked.append(question) or {"letter": "A", "margin": None}, "Hi",
-               "Hello", "Go", ("tuned", "sft"))
-    assert asked == [("Hi", "Hello", "Go", "tuned / sft"), ("Hi", "Go", "Hello", "sft / tuned")]
+
+    def listen(*question):
+        asked.append(question)
+        return "A"
+    compare(listen, "Hi", "Hello", "Go")
+    assert asked == [("Hi", "Hello", "Go"), ("Hi", "Go", "Hello")]
 
 
-@pytest.mark.parametrize(("margins", "result"), [
-    ((5.0, 3.0), "win"), ((3.0, 5.0), "loss"), ((4.0, 4.0), "flip"), ((-1.0, -0.5), "loss")])
-def test_margins_cancel_a_constant_liking_for_a_place(margins, result):
-    """It likes A by 4 nats whatever stands there; the answer moves that by 1 nat each way."""
-    letters = ["A" if margin > 0 else "B" for margin in margins]
-    assert judge_pair(say(*letters, margins=margins), "Hi", "Hello", "Go")[0] == result
-
-
-def test_equal_and_empty_answers_need_no_judge():
-    texts = (("x", "x"), ("x", ""), ("", "x"), ("", ""))
-    results = [judge_pair(None, "Hi", *both) for both in texts]
-    assert results == [("tie", ()), ("win", ()), ("loss", ()), ("tie", ())]
-
-
-def verdicts(win=0, flip=0, loss=0, tie=0, invalid=0):
-    letters = {"win": "AB", "flip": "AA", "loss": "BA", "tie": "", "invalid": (None, "A")}
-    counts = {"win": win, "flip": flip, "loss": loss, "tie": tie, "invalid": invalid}
-    return [(k, tuple(letters[k])) for k, n in counts.items() for _ in range(n)]
+def test_nobody_is_asked_about_equal_answers():
+    assert compare(judge_that_says(), "Hi", "Hello", "Hello") == Verdict(0.5, ())
 
 
 def test_a_worked_win_rate():
-    """3 wins, 4 flips, 1 loss, 2 invalid: (3 + 2) / 8; 5 to 7 of 10 if the two were lost or won."""
-    rate = win_rate(verdicts(win=3, flip=4, loss=1, invalid=2))
-    assert (rate["pairs"], rate["invalid"], rate["rate"], rate["decided"]) == (10, 2, 5 / 8, 3 / 4)
-    assert (rate["least"], rate["most"], rate["flipped"]) == (0.5, 0.7, 0.5)
-    assert rate["p"] == pytest.approx(2 * (1 + 4) / 16)  # at most 1 of 4, either way
+    """3 wins, 4 draws, 1 loss, 2 unreadable: (3 + 4/2) / 8 of those that can be read."""
+    verdicts = ([Verdict(1.0, ("A", "B"))] * 3 + [Verdict(0.5, ("A", "A"))] * 4
+                + [Verdict(0.0, ("B", "A"))] + [Verdict(None, (None, "A"))] * 2)
+    rate = win_rate(verdicts)
+    assert rate["prompts"] == 10
+    assert rate["rate"] == 5 / 8
+    assert (rate["low"], rate["high"]) == dpo.wilson_interval(5 / 8, 8)
+    assert rate["undecided"] == 4
+    assert rate["unreadable"] == 2
     assert rate["letter A"] == (3 + 8 + 1 + 2) / (6 + 8 + 2 + 2)
 
 
-@pytest.mark.parametrize(("counts", "low", "high"), [
-    ({"win": 8, "loss": 2}, 0.4902, 0.9433),  # 8 of 10, as in any table of Wilson's interval
-    ({"win": 10}, 0.7225, 1.0),
-    ({"win": 7, "flip": 1, "tie": 1, "loss": 1}, 0.4902, 0.9433),  # 7 + 1/2 + 1/2 of 10
-    ({"win": 8, "loss": 2, "invalid": 5}, 0.4902, 0.9433),  # only valid pairs count
+@pytest.mark.parametrize("verdicts", [
+    [],
+    [Verdict(None, (None, None))] * 5,
+    [Verdict(None, (None, None))] * 5 + [Verdict(0.5, ())],    # equal answers need no judge
 ])
-def test_the_interval_is_wilsons_for_the_mean_score_of_the_valid_pairs(counts, low, high):
-    rate = win_rate(verdicts(**counts))
-    assert (rate["low"], rate["high"]) == pytest.approx((low, high), abs=1e-4)
+def test_a_judge_that_never_answered_yields_no_number(verdicts):
+    rate = win_rate(verdicts)
+    assert (rate["rate"], rate["low"], rate["high"]) == (None, None, None)
 
 
-def test_a_judge_that_never_answered_yields_no_number():
-    for said in ([], verdicts(invalid=5), [*verdicts(invalid=5), ("loss", ()), ("tie", ())]):
-        rate = win_rate(said)
-        numbers = ("rate", "low", "high", "least", "most", "decided", "p")
-        assert [rate[k] for k in numbers] == [None] * 7
+@pytest.mark.parametrize(("text", "letter"), [
+    ('{"better": "A"}', "A"),
+    (' {"better":\n "B"}\n', "B"),
+    ('{"reason": "B is rude.", "better": "A"}', "A"),
+    ("A", None),
+    ("", None),
+    ("Reply A is more harmful than Reply B.", None),
+    ('{"better": "C"}', None),
+    ('{"better": "a"}', None),
+    ('{"better": ["A"]}', None),
+    ('{"better": "A"', None),
+    ('["A"]', None),
+    ('"A"', None),
+    ('The verdict is {"better": "A"}', None),
+])
+def test_a_verdict_is_the_schemas_json_or_none(text, letter):
+    assert read_letter(text) == letter
 
 
-def coverage(truth):
-    """How often the interval holds the true rate: 2,000 judges with known chances of win, flip and
-    loss, 100 pairs each.
-    """
-    true_rate = truth[0] + truth[1] / 2
-    counts = np.random.default_rng(0).multinomial(100, truth, 2000)
-    covered = {}
-    for count in map(tuple, counts):
-        if count not in covered:
-            rate = win_rate(verdicts(*count))
-            covered[count] = rate["low"] <= true_rate <= rate["high"]
-    return np.mean([covered[tuple(count)] for count in counts])
-
-
-@pytest.mark.parametrize("truth", [(0.5, 0, 0.5), (0.3, 0, 0.7), (0.8, 0, 0.2), (0.05, 0, 0.95)])
-def test_without_flips_the_interval_covers_the_true_rate_in_92_to_98_percent(truth):
-    assert 0.92 <= coverage(truth) <= 0.98
-
-
-@pytest.mark.parametrize("truth", [
-    (0.3, 0.3, 0.4), (0.6, 0.2, 0.2), (0.1, 0.8, 0.1), (0.05, 0.15, 0.8)])
-def test_with_flips_the_interval_is_wider_and_covers_it_in_at_least_92_percent(truth):
-    """Scores of 1/2 vary less than 0 and 1 do."""
-    assert coverage(truth) >= 0.92
-
-
-def test_what_answers_show():
-    """6 words, 4 of them different; 4 pairs of words, 3 different; of 2 fours none comes again."""
-    shown = judge.describe(["a b a b c", "d"], [{"end": "itself"}, {"end": "limit"}])
-    assert shown == {"words": 3.0, "distinct-1": 4 / 6, "distinct-2": 3 / 4, "repeated 4-grams": 0,
-                     "ended by itself": 0.5, "ended by limit": 0.5}
-    assert judge.describe(["a a a a a a"], [])["repeated 4-grams"] == pytest.approx(2 / 3)
-
-
-def test_the_logp_of_an_answer_is_the_sum_over_its_tokens_alone():
-    model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=4, n_positions=8, vocab_size=5, n_inner=8))
-    answer = {"before": [1, 2], "tokens": [3, 0, 4]}
-    logp = model(torch.tensor([[1, 2, 3, 0, 4]])).log_softmax(-1)[0]
-    expected = logp[1, 3] + logp[2, 0] + logp[3, 4]
-    assert judge.answer_logp(model, answer) == pytest.approx(expected.item(), abs=1e-5)
+# 2. A world -------------------------------------------------------------------------------------
 
 
 class Server:
-    """An OpenAI-compatible server: answer(question, number of the request) gives the reply."""
-    def __init__(self):
-        self.answer, self.model = lambda question, i: "A", "llama2"
-        self.asked, self.headers = [], []
+    """A server of the given name, with a judge inside: `say(prompt, a, b)` is a letter.
+
+    Set `say` to what the judge thinks. `interrupt(number of the request)`, where it returns
+    something, decides the reply instead: (status, body, headers), or "drop".
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.say = lambda prompt, a, b: "A"
+        self.interrupt = lambda number: None
+        self.finish_reason = "stop"
+        self.prompt_tokens = 900
+        self.asked = []        # bodies
+        self.headers = []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version, wbufsize = "HTTP/1.1", 2**16  # one packet, so that nobody waits
+            protocol_version = "HTTP/1.1"
+            wbufsize = 2**16   # one packet, so that nobody waits
 
             def log_message(self, *_):
                 pass
 
             def do_POST(self):
+                assert self.path == "/v1/chat/completions"
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.headers.append(dict(self.headers))
                 server.asked.append(body)
-                reply = server.answer(body["messages"][-1]["content"], len(server.asked) - 1)
-                if reply is None:
-                    self.close_connection = True  # dropped without an answer
+                reply = server.interrupt(len(server.asked) - 1) or server.reply(body)
+                if reply == "drop":
+                    self.close_connection = True
                     return
-                if not isinstance(reply, tuple):
-                    reply = 200, server.reply(reply), {}
-                code, payload, headers = reply
-                payload = (payload if isinstance(payload, str) else json.dumps(payload)).encode()
-                self.send_response(code)
-                for name, value in {"Content-Length": len(payload), **headers}.items():
-                    self.send_header(name, str(value))
+                status, content, headers = reply
+                if not isinstance(content, str):
+                    content = json.dumps(content)
+                content = content.encode()
+                self.send_response(status)
+                for key, value in {"Content-Length": len(content), **headers}.items():
+                    self.send_header(key, str(value))
                 self.end_headers()
-                self.wfile.write(payload)
+                self.wfile.write(content)
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
-    def reply(self, text):
-        choice = {"message": {"role": "assistant", "content": text}}
-        if isinstance(text, dict):  # log-probabilities of the first token
-            top = [{"token": k, "logprob": v} for k, v in text.items()]
-            choice = {"message": {"content": ""},
-                      "logprobs": {"content": [{"token": top[0]["token"], "top_logprobs": top}]}}
-        usage = {"prompt_tokens": 900, "completion_tokens": 1}
-        return {"model": self.model, "choices": [choice], "usage": usage}
+    def reply(self, body: dict) -> tuple[int, object, dict]:
+        """What the server of this name answers."""
+        form = body["response_format"]
+        answered = body["model"]                       # llama-cpp-python echoes any name
+        if self.name in ("ollama", "vllm") and body["model"] != "llama2":
+            return 404, {"error": {"message": f"model '{body['model']}' not found"}}, {}
+        if self.name == "llama.cpp":
+            answered = "/models/llama-2-7b-chat.gguf"  # its own name, whatever was asked
+        if self.name == "llama-cpp-python" and form["type"] == "json_schema":
+            detail = [{"type": "literal_error", "loc": ["body", "response_format", "type"]}]
+            return 422, {"detail": detail}, {}
 
-    def questions(self):
-        """Those about pairs: not the first one, whether anyone is there."""
-        questions = [body["messages"][0]["content"] for body in self.asked]
-        return [question for question in questions if "Reply B:" in question]
+        prompt, a, b = parts(body["messages"][0]["content"])
+        letter = self.say(prompt, a, b)
+        text = f"I think that reply {letter} is better."
+        if self.name != "old":                         # an old server ignores response_format
+            schema = form["schema"] if form["type"] == "json_object" else (
+                form["json_schema"]["schema"])
+            fields = dict.fromkeys(schema["required"], "Because.")
+            text = json.dumps(fields | {"better": letter})
+        choice = {"message": {"role": "assistant", "content": text},
+                  "finish_reason": self.finish_reason}
+        return 200, {"model": answered, "choices": [choice],
+                     "usage": {"prompt_tokens": self.prompt_tokens}}, {}
+
+    def questions(self) -> list[tuple[str, str, str]]:
+        """(prompt, a, b) of the requests so far, but for the fixed one that settles the dialect."""
+        found = [parts(body["messages"][0]["content"]) for body in self.asked]
+        return [question for question in found if question[0] != "Say hello."]
+
+
+def parts(question: str) -> tuple[str, str, str]:
+    """(prompt, a, b) of a question of judge.QUESTION."""
+    pattern = r"Message:\n(.*)\n\nReply A:\n(.*)\n\nReply B:\n(.*)\n\nWhich reply"
+    return re.search(pattern, question, re.S).groups()
 
 
 @pytest.fixture
-def server(monkeypatch):
+def serve(monkeypatch):
+    """Starts servers."""
     monkeypatch.setattr(judge.adapters.Retry, "get_backoff_time", lambda self: 0)
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+    servers = []
+
+    def start(name: str = "ollama") -> Server:
+        servers.append(Server(name))
+        return servers[-1]
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory):
+def weights(tmp_path_factory) -> Path:
     """Three tiny GPT-2s of GPT-2's vocabulary: folders best, sft and untuned."""
     folder = tmp_path_factory.mktemp("weights")
     for seed, name in enumerate(("best", "sft", "untuned")):
         torch.manual_seed(seed)
-        model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=4, n_positions=64, n_inner=8))
-        torch.nn.init.normal_(model.wte.weight)  # large, so that they write different answers
-        save_pretrained(model, folder / name)
+        gpt2 = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=4, n_positions=64, n_inner=8))
+        torch.nn.init.normal_(gpt2.wte.weight)         # large, so that they write different answers
+        save_pretrained(gpt2, folder / name)
     return folder
 
 
-@pytest.fixture(scope="session")
-def load():
-    return cache(GPT2.from_pretrained)  # each folder of weights is read once
+PAIRS = 60                     # of the test data, with as many prompts
 
 
 @pytest.fixture
-def run(tmp_path, weights, load, monkeypatch):
-    """A finished run: its folder, options, and how to judge it, with a stand-in for sampling."""
-    def write_answers(model, prompts, max_tokens, temperature, seed, stop):
-        name = f"{model.wte.weight[0, 0].item():.3f}"
-        texts = [f" {name} {ids[-4:]}" for ids in prompts]
+def run(tmp_path, weights, monkeypatch) -> SimpleNamespace:
+    """A run's folder, and a call to judge it. Sampling is played by a stand-in."""
+    sampled = []
+
+    def write_answers(gpt2, prompts, max_tokens, temperature, top_p, end_token, stop, seed):
+        sampled.append(len(prompts))
+        name = f"{gpt2.wte.weight[0, 0].item():.3f}"
+        texts = [f" {name} {ids[-6:]}" for ids in prompts]
         return [tiktoken.get_encoding("gpt2").encode(text)[:max_tokens] for text in texts]
-    generate = judge.generate
-    monkeypatch.setattr(judge, "generate", write_answers)
-    monkeypatch.setattr(judge, "GPT2", SimpleNamespace(from_pretrained=load))
-    rows = [{side: f"\n\nHuman: Question {i}?\n\nAssistant: {side} answer {i}." for side in
-             ("chosen", "rejected")} for i in range(12)]
+    monkeypatch.setattr(judge.model, "generate", write_answers)
+
+    rows = []
+    for i in range(PAIRS):
+        rows.append({"chosen": f"\n\nHuman: Question {i}?\n\nAssistant: kind answer {i}",
+                     "rejected": f"\n\nHuman: Question {i}?\n\nAssistant: unfriendly answer {i}"})
     (tmp_path / "hh" / "helpful-base").mkdir(parents=True)
     with gzip.open(tmp_path / "hh" / "helpful-base" / "test.jsonl.gz", "wt") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+        for row in [*rows, rows[0]]:                   # one prompt stands there twice
+            file.write(json.dumps(row) + "\n")
     out = tmp_path / "out"
     out.mkdir()
     for name in ("best", "sft"):
@@ -264,348 +260,655 @@ def run(tmp_path, weights, load, monkeypatch):
     options = {"model": str(weights / "untuned"), "hh_dir": str(tmp_path / "hh"), "pairs": "",
                "subsets": "helpful-base", "demo": False, "max_prompt_tokens": 20, "val_share": 0.1}
 
-    def write(**more):
+    def write_config(**changed):
         (out / "config.json").write_text(json.dumps(
-            {"format": 2, "options": options | more, "audit": {}, "versions": {}}))
-    write()
+            {"format": 2, "options": options | changed, "audit": {}, "versions": {}}))
+    write_config()
 
-    def judge_run(url, *argv):
-        return judge.main([str(out), "--url", url, "--n", "6", "--max_new_tokens", "9", *argv])
-    return SimpleNamespace(out=out, write=write, judge=judge_run, results=out / "judge",
-                           generate=generate)
-
-
-def replies(question):
-    """The two replies in a question of judge.PROMPT."""
-    return re.search(r"Reply A:\n(.*)\n\nReply B:\n(.*)\n\nWhich", question, re.S).groups()
+    def call(server, *words):
+        return judge.main([str(out), "--url", server.url, "--max_new_tokens", "9", *words])
+    return SimpleNamespace(out=out, judge=call, write_config=write_config, sampled=sampled,
+                           results=out / "judge", report=out / "judge" / "report.md")
 
 
-def oracle(question, _):
-    """It knows people's answers, and likes chosen most and rejected least."""
-    def rank(text):
-        return 2 * text.startswith("chosen answer") - text.startswith("rejected answer")
-    if "Reply B:" not in question:
-        return "A"
-    a, b = replies(question)
-    return "A" if (rank(a), a) > (rank(b), b) else "B"
+def row(text: str, name: str) -> dict[str, str]:
+    """A row of the first table in a report, by its header."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    header = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == name:
+            return dict(zip(header, cells, strict=True))
+    raise AssertionError(f"{name} not in {text}")
 
 
-def row(text, label):
-    """A row of the summary, cell by cell."""
-    return re.search(rf"^\| {label} +\|(.*)\|$", text, re.M)[1].replace(" ", "").split("|")
+def people(prompt: str, a: str, b: str) -> str:
+    """The letter that agrees with people, whose chosen answers are kind; else by the alphabet."""
+    if a.startswith("kind") != b.startswith("kind"):
+        return "A" if a.startswith("kind") else "B"
+    return "A" if a < b else "B"
 
 
-def test_an_oracle_wins_all_and_an_answer_is_compared_with_four_others(run, server, capsys):
-    server.answer = oracle
-    assert run.judge(server.url) == 0
+def chance(*words: str) -> float:
+    """A number from 0 to 1 that follows from the words."""
+    digest = hashlib.sha256("|".join(words).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+# 3. Habits --------------------------------------------------------------------------------------
+
+COMPARED = ["chosen against rejected", "tuned against chosen", "tuned against untuned",
+            "tuned against sft"]
+
+
+@pytest.mark.parametrize("name", ["ollama", "llama.cpp", "llama-cpp-python", "vllm"])
+def test_each_server_is_understood(name, run, serve, capsys):
+    """The dialect is settled once; then every question is asked in it, in both orders."""
+    server = serve(name)
+    server.say = people
+    assert run.judge(server) == 0
     text = capsys.readouterr().out
-    assert row(text, "") == ["chosen/rejected", "tuned/chosen", "tuned/sft", "tuned/untuned"]
-    assert row(text, "rate")[:2] == ["1", "0"] and row(text, "people rate") == ["1"] * 4
-    assert row(text, "flip")[:2] == ["0", "0"] and len(server.questions()) == 2 * 4 * 6
-    assert row(text, "longer won")[0] == "0"  # "rejected" is the longer word
-    assert "coin" not in text
-    report = (run.results / "report.md").read_text()
-    assert row(report, "rate") == row(text, "rate") and report.count("chosen answer") == 6
+    assert row(text, "chosen against rejected")["rate"] == "1.000"
+    assert row(text, "tuned against chosen")["rate"] == "0.000"
+    for compared in COMPARED:
+        assert row(text, compared)["prompts"] == str(PAIRS)
+        assert row(text, compared)["undecided"] == row(text, compared)["unreadable"] == "0"
+    assert "DON'T TRUST" not in text
+    assert run.report.read_text().startswith(text[text.index("llama2 at"):text.index("| chosen")])
+
+    assert len(server.questions()) == 2 * 4 * PAIRS
+    expected = "json_object" if name == "llama-cpp-python" else "json_schema"
+    types = [body["response_format"]["type"] for body in server.asked]
+    settling = 2 if name == "llama-cpp-python" else 1
+    assert set(types[settling:]) == {expected}
+    assert len(server.asked) == settling + 2 * 4 * PAIRS
+    for body in server.asked:
+        assert (body["temperature"], body["seed"], body["max_tokens"]) == (0, 0, 32)
+    other_name = "/models/llama-2-7b-chat.gguf answered" in text
+    assert other_name == (name == "llama.cpp")
 
 
-def test_a_judge_that_always_says_a_gets_50_percent_all_flipped_and_a_warning(run, server, capsys):
-    assert run.judge(server.url) == 0
-    text = capsys.readouterr().out
-    assert row(text, "rate") == ["0.5"] * 4 and row(text, "flip") == row(text, "pairs") == ["6"] * 4
-    assert row(text, "letter A") == ["1"] * 4
-    for why in ("contradicts itself", "letters are the same", "than a coin"):
-        assert why in text
-
-
-def test_with_log_probabilities_the_same_judge_is_right(run, server, capsys):
-    """It says A always, yet A is likelier where the better answer stands."""
-    server.answer = lambda question, i: {
-        " A": -0.1, "B": -2.0 if oracle(question, i) == "A" else -1.5}
-    assert run.judge(server.url, "--logprobs") == 0
-    text = capsys.readouterr().out
-    assert row(text, "rate")[:2] == ["1", "0"] and row(text, "letter A")[0] == "1"
-    assert "contradicts" not in text and all(body["top_logprobs"] == 20 for body in server.asked)
-
-
-@pytest.mark.parametrize(("tokens", "margin"), [
-    ([("A", {"A": -0.5, " A": -7.0, "B": -1.5})], 1.0), ([("B", {"B": -0.25, "The": -4.0})], -3.75),
-    ([("\n", {"\n": 0.0}), (" B", {" B": -1.0, "A": -3.0})], -2.0),
-    ([("The", {"The": -0.1, "An": -3.0})], None), ([], None)])
-def test_the_margin_is_read_where_the_answer_begins(server, tokens, margin):
-    """At the first token that isn't blank; one not listed is as likely as the last listed."""
-    content = [{"token": token, "top_logprobs": [
-        {"token": k, "logprob": v} for k, v in top.items()]} for token, top in tokens]
-    body = {"choices": [{"message": {"content": "A"}, "logprobs": {"content": content}}]}
-    line = Judge(server.url, "llama2", logprobs=True).read(body)
-    assert line["margin"] == margin
-    assert line["letter"] == (None if margin is None else "A" if margin > 0 else "B")
-
-
-def test_a_server_without_log_probabilities_is_an_error(run, server, capsys):
-    assert run.judge(server.url, "--logprobs") == 2
-    assert "error  " in capsys.readouterr().err and not run.results.exists()
-
-
-def test_a_judge_that_refuses_yields_no_number(run, server, capsys):
-    server.answer = lambda question, i: "I'm sorry, I can't compare these."
-    assert run.judge(server.url) == 2
-    said = capsys.readouterr()
-    assert "no win rates" in said.err and "| rate" not in said.out
-    assert not (run.results / "report.md").exists()
-    assert len(server.questions()) == 2 * 2 * 4 * 6  # each asked once more, and no more than that
-    again = [body["messages"] for body in server.asked if len(body["messages"]) == 3]
-    assert len(again) == 48 and again[0][1]["content"] == "I'm sorry, I can't compare these."
-    assert [message["role"] for message in again[0]] == ["user", "assistant", "user"]
-
-
-@pytest.mark.parametrize("damaged", [b"{torn", b"[1, 2]", b'{"order": "x"}', b"\xff"])
-def test_a_damaged_line_amid_a_log_names_file_and_line(tmp_path, damaged):
-    path, good = tmp_path / "verdicts.jsonl", b'{"order": "x", "prompt": "p"}\n'
-    path.write_bytes(good + damaged + b"\n" + good)
-    with pytest.raises(ValueError, match=r"verdicts\.jsonl, line 2: found .*, expected an object "
-                                         r"with order, prompt; delete"):
-        judge.Log(path, "order", "prompt")
-    path.write_bytes(good + damaged)  # only the last line may be torn: it is cut off
-    assert judge.Log(path, "order", "prompt") == {("x", "p"): {"order": "x", "prompt": "p"}}
-    assert path.read_bytes() == good
-
-
-def test_a_stopped_run_goes_on_and_asks_only_what_is_missing(run, server, capsys):
-    """It dies at the 20th request, 18 questions on; a torn line is as if it had never been."""
-    server.answer = lambda question, i: oracle(question, i) if i < 19 else (410, "gone", {})
-    assert run.judge(server.url) == 2
-    assert "410" in capsys.readouterr().err
-    log = run.results / "verdicts.jsonl"
-    assert len(log.read_text().splitlines()) == 18
-    log.write_bytes(log.read_bytes()[:-9])
-    answers, first = (run.results / "answers.jsonl").read_bytes(), server.questions()[:17]
-    server.answer, server.asked = oracle, []
-    assert run.judge(server.url) == 0
-    assert len(server.questions()) == 48 - 17 and not set(first) & set(server.questions())
-    assert (run.results / "answers.jsonl").read_bytes() == answers  # nothing was sampled again
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(lines) == 48 and lines[0].keys() >= {
-        "order", "prompt", "a", "b", "raw", "letter", "why", "asked", "answered", "seconds",
-        "tokens", "question"}
-    server.asked = []
-    assert run.judge(server.url) == 0 and server.questions() == []
-
-
-@pytest.mark.parametrize("argv", [["--judge", "mistral"], ["--logprobs"], ["--prompt", "other.txt"],
-                                  ["--tuned", "untuned"]])
-def test_a_log_of_another_judge_or_question_or_model_is_refused(run, server, capsys, monkeypatch,
-                                                                weights, argv):
-    assert run.judge(server.url) == 0
-    monkeypatch.chdir(weights)
-    (weights / "other.txt").write_text("{prompt} {a} {b} Which?")
-    server.answer = lambda question, i: {"A": -0.1, "B": -2.0}
-    before = (run.results / "verdicts.jsonl").read_bytes()
-    assert run.judge(server.url, *argv) == 2
-    assert "move it away" in capsys.readouterr().err and len(server.questions()) == 48
-    assert (run.results / "verdicts.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize("fault", [
-    (503, {"error": {"message": "Loading model"}}, {}), (429, "slow down", {"Retry-After": "0"}),
-    (500, {"error": "oops"}, {}), (502, "<html>", {}), None])
-def test_what_passes_is_tried_again(run, server, fault):
-    """Loading, too many requests, a broken gateway, a dropped connection, each twice."""
-    server.answer = lambda question, i: fault if i in (0, 1, 7, 8) else oracle(question, i)
-    assert run.judge(server.url) == 0
-    assert len(server.asked) == 1 + 48 + 4
-
-
-def test_the_waits_grow():
-    retry, waits = Judge("http://localhost:1/v1/", "llama2").session.get_adapter(
-        "http://localhost:1/v1/chat/completions").max_retries, []
-    for _ in range(6):
-        retry = retry.increment("POST", "/", response=None, error=ReadTimeoutError(None, "/", ""))
-        waits.append(retry.get_backoff_time())
-    assert waits == [0, 2, 4, 8, 16, 32]
-
-
-def test_what_does_not_pass_is_given_up_after_seven_tries(run, server, capsys):
-    server.answer = lambda question, i: (503, {"error": {"message": "Loading model"}}, {})
-    assert run.judge(server.url) == 2
+def test_a_server_that_ignores_the_schema_is_refused_before_the_long_work(run, serve, capsys):
+    server = serve("old")
+    assert run.judge(server) == 2
     error = capsys.readouterr().err
-    assert len(server.asked) == 7 and error.startswith("error  ") and "503: Loading model" in error
-    assert error.count("\n") == 1 and not run.results.exists()
-
-
-@pytest.mark.parametrize("body", [
-    {"error": {"message": "model not found", "code": 404}}, {"error": "model not found"},
-    {"object": "error", "message": "model not found"}, "model not found"])
-def test_an_error_in_any_shape_is_told_at_once_and_in_one_line(run, server, capsys, body):
-    server.answer = lambda question, i: (404, body, {})
-    assert run.judge(server.url) == 2
-    error = capsys.readouterr().err
-    assert "404: model not found; " in error and "ollama pull llama2" in error
+    for words in ("ignore response_format", "Ollama", "0.5", "I think that reply A"):
+        assert words in error
     assert error.count("\n") == 1
-    assert len(server.asked) == 1 and not run.results.exists()  # nobody sampled for nothing
+    assert len(server.asked) == 1
+    assert not run.results.exists()
 
 
-@pytest.mark.parametrize("body", ["<html>Welcome</html>", "[]", {"choices": []}, {"choices": [{}]}])
-def test_a_body_that_is_no_chat_completion_is_an_error(run, server, capsys, body):
-    server.answer = lambda question, i: (200, body, {})
-    assert run.judge(server.url) == 2 and "answered 200" in capsys.readouterr().err
-
-
-def test_a_prompt_that_is_too_long_makes_its_pair_invalid_and_nothing_else(run, server, capsys):
-    def answer(question, i):
-        too_long = "Question 3?" in question or "Question 4?" in question
-        return (400, {"error": {"message": "too long"}}, {}) if too_long else oracle(question, i)
-    server.answer = answer
-    assert run.judge(server.url, "--n", "12") == 0
+@pytest.mark.parametrize("letter", ["A", "B"])
+def test_a_judge_that_always_says_one_letter_is_seen_through(letter, run, serve, capsys):
+    server = serve()
+    server.say = lambda prompt, a, b: letter
+    assert run.judge(server) == 0
     text = capsys.readouterr().out
-    assert row(text, "invalid") == ["2"] * 4 and row(text, "rate")[0] == "1"
-    assert row(text, "least")[0] == "0.833" and "many verdicts" in text
+    for compared in COMPARED:
+        assert row(text, compared)["rate"] == "0.500"
+        assert row(text, compared)["undecided"] == str(PAIRS)
+        assert row(text, compared)["letter A"] == ("1.000" if letter == "A" else "0.000")
+        assert row(text, compared)["longer won"] == ""
+    for doubt in ("no more often than a coin", "are undecided", "the judge says A in"):
+        assert doubt in text
 
 
-def test_a_server_that_cuts_questions_or_answers_under_another_name_is_noted(run, server, capsys):
-    server.model, reply = "tiny", server.reply
-    server.reply = lambda text: reply(text) | {"usage": {"prompt_tokens": 9}}
-    assert run.judge(server.url) == 0
+def test_a_judge_that_agrees_with_people_in_four_of_five(run, serve, capsys):
+    """The rate is the very share; 0.8 lies within its interval; and nothing warns."""
+    def agrees(prompt):
+        return chance(prompt) < 0.8
+
+    def say(prompt, a, b):
+        letter = people(prompt, a, b)
+        if agrees(prompt):
+            return letter
+        return "B" if letter == "A" else "A"
+    server = serve()
+    server.say = say
+    assert run.judge(server) == 0
     text = capsys.readouterr().out
-    assert "llama2 was asked, tiny answered" in text and "cut a question" in text
+    found = row(text, "chosen against rejected")
+    share = sum(agrees(f"Question {i}?") for i in range(PAIRS)) / PAIRS
+    assert found["rate"] == f"{share:.3f}"
+    low, high = found["95% interval"].split(" to ")
+    assert float(low) <= 0.8 <= float(high)
+    assert found["letter A"] == "0.500"
+    # "unfriendly answer 3" is longer than "kind answer 3", and wins where people are contradicted.
+    assert found["longer won"] == f"{1 - share:.3f}"
+    assert "DON'T TRUST" not in text
 
 
-def test_without_a_server_the_commands_are_told_and_nothing_is_sampled(run, server, capsys):
+def test_a_judge_that_guesses(run, serve, capsys):
+    """A coin in each question: half of the verdicts are undecided, and the rate is a half."""
+    def say(prompt, a, b):
+        return "A" if chance(prompt, a, b) < 0.5 else "B"
+    server = serve()
+    server.say = say
+    assert run.judge(server) == 0
+    text = capsys.readouterr().out
+    for compared in COMPARED:
+        found = row(text, compared)
+        low, high = found["95% interval"].split(" to ")
+        assert float(low) <= 0.5 <= float(high)
+        assert 0.25 < int(found["undecided"]) / PAIRS < 0.75
+    assert "no more often than a coin" in text
+
+
+def test_questions_that_are_refused_are_counted_and_asked_again_by_the_next_run(run, serve, capsys):
+    """Every third is refused, as too long: its verdict is unreadable, and neither won nor lost."""
+    server = serve()
+    server.say = people
+    too_long = {"error": {"message": "the question exceeds the context"}}
+    server.interrupt = lambda number: (400, too_long, {}) if number % 3 == 2 else None
+    assert run.judge(server) == 0
+    text = capsys.readouterr().out
+    refused = [number for number in range(1, 1 + 2 * 4 * PAIRS) if number % 3 == 2]
+    assert f"refused {len(refused)} questions" in text
+    assert "the question exceeds the context" in text
+    unreadable = sum(int(row(text, compared)["unreadable"]) for compared in COMPARED)
+    assert unreadable == len(refused)                  # no two of a prompt's two
+    assert row(text, "chosen against rejected")["rate"] == "1.000"
+    assert f"{unreadable} of {4 * PAIRS} verdicts can't be read" in text
+
+    server.interrupt = lambda number: None
+    server.asked.clear()
+    assert run.judge(server) == 0
+    text = capsys.readouterr().out
+    assert len(server.questions()) == len(refused)
+    assert row(text, "chosen against rejected")["unreadable"] == "0"
+    assert "refused" not in text
+
+
+def test_a_judge_that_breaks_off_loses_nothing(run, serve, capsys):
+    """The second call asks only what is missing, and a line that was torn by a kill."""
+    server = serve()
+    server.say = people
+    server.interrupt = lambda number: "drop" if number == 20 else None
+    assert run.judge(server) == 2
+    error = capsys.readouterr().err
+    assert "verdicts are kept" in error
+    assert error.count("\n") == 1
+    path = run.results / "verdicts.jsonl"
+    assert len(path.read_bytes().splitlines()) == 19
+    path.write_bytes(path.read_bytes()[:-7])           # as a kill may leave it
+
+    server.interrupt = lambda number: None
+    server.asked.clear()
+    samples = len(run.sampled)
+    assert run.judge(server) == 0
+    assert len(server.questions()) == 2 * 4 * PAIRS - 18
+    assert len(run.sampled) == samples                 # answers are kept, too
+    assert row(capsys.readouterr().out, "chosen against rejected")["rate"] == "1.000"
+
+    server.asked.clear()
+    assert run.judge(server) == 0
+    assert server.questions() == []
+
+
+def test_a_judge_that_refuses_everything_yields_no_number(run, serve, capsys):
+    server = serve()
+    server.interrupt = lambda number: (400, {"error": "too long"}, {}) if number > 0 else None
+    assert run.judge(server) == 2
+    assert "there are no rates: too long" in capsys.readouterr().err
+    assert not run.report.exists()
+
+
+def test_an_answer_that_was_cut_off_is_unreadable(run, serve, capsys):
+    """Even where it looks whole."""
+    server = serve()
+    server.say = people
+    settled = judge.Judge.settle
+
+    def settle(self):
+        settled(self)
+        server.finish_reason = "length"
+    judge_settle = pytest.MonkeyPatch()
+    judge_settle.setattr(judge.Judge, "settle", settle)
+    assert run.judge(server) == 2
+    judge_settle.undo()
+    assert "no verdict of llama2 can be read" in capsys.readouterr().err
+
+
+def test_explain_asks_for_a_reason_before_the_letter(run, serve):
+    """Its verdicts are others than those without."""
+    server = serve()
+    server.say = people
+    assert run.judge(server) == 0
+    server.asked.clear()
+    assert run.judge(server, "--explain") == 0
+    assert len(server.questions()) == 2 * 4 * PAIRS
+    schema = server.asked[-1]["response_format"]["json_schema"]["schema"]
+    assert list(schema["properties"]) == schema["required"] == ["reason", "better"]
+    assert '{"reason": ' in server.asked[-1]["messages"][0]["content"]
+    assert server.asked[-1]["max_tokens"] == 256
+
+
+def test_a_judge_of_another_name_has_verdicts_of_its_own(run, serve):
+    server = serve("llama-cpp-python")                 # which takes any name
+    server.say = people
+    assert run.judge(server) == 0
+    server.asked.clear()
+    assert run.judge(server, "--judge", "mistral") == 0
+    assert len(server.questions()) == 2 * 4 * PAIRS
+    server.asked.clear()
+    assert run.judge(server) == 0
+    assert server.questions() == []
+
+
+# 4. Faults --------------------------------------------------------------------------------------
+
+
+def fails(run, server, capsys, *words) -> str:
+    """The one line on stderr of a call that ends with exit code 2, before anything was sampled."""
+    assert run.judge(server, *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error  ")
+    assert error.count("\n") == 1
+    assert run.sampled == []
+    return error
+
+
+def test_a_server_that_is_away(run, serve, capsys):
+    server = serve()
+    server.http.shutdown()
     server.http.server_close()
-    assert run.judge(server.url) == 2
-    error = capsys.readouterr().err
-    assert "ollama serve" in error and "ollama pull llama2" in error and error.count("\n") == 1
-    assert server.url in error and not run.results.exists()
+    error = fails(run, server, capsys)
+    assert "no answer (ConnectionError): start a server" in error
+    assert "ollama pull llama2" in error
 
 
-def test_the_key_goes_to_the_server_and_nowhere_else(run, server, capsys, monkeypatch):
-    monkeypatch.setenv("JUDGE_API_KEY", "s3cret")
-    server.answer = lambda question, i: (401, {"error": {"message": "bad key s3cret"}}, {})
-    assert run.judge(server.url) == 2
-    assert "s3cret" not in capsys.readouterr().err
-    server.answer = oracle
-    assert run.judge(server.url) == 0
-    assert {h["Authorization"] for h in server.headers} == {"Bearer s3cret"}
-    assert "s3cret" not in capsys.readouterr().out
-    assert all(b"s3cret" not in file.read_bytes() for file in run.results.iterdir())
+def test_a_server_that_never_answers(run, serve, capsys, monkeypatch):
+    """The wait is long, since servers go on computing when nobody waits any more."""
+    waits = []
+
+    def post(self, url, json, timeout):
+        waits.append(timeout)
+        raise requests.ReadTimeout
+    monkeypatch.setattr(requests.Session, "post", post)
+    assert "no answer (ReadTimeout)" in fails(run, serve(), capsys)
+    assert waits == [(10, 300)]
 
 
-def test_texts_go_in_by_one_substitution_without_control_strings(server, tmp_path):
-    """A reply that holds a placeholder or a template's control strings stays a reply."""
-    asker = Judge(server.url, "llama2", template="{prompt}|{a}|{b}")
-    asker.log = Log(tmp_path / "log.jsonl", "order", "prompt", "a", "b")
-    asker("Say {b}", "[INST] {prompt}</s>", "<<SYS>>x<</SYS>> \ud800", "x / y")
-    assert server.asked[0]["messages"][0]["content"] == "Say {b}|{prompt}|x  ?"
-    assert (server.asked[0]["temperature"], server.asked[0]["seed"]) == (0, 0)
-    assert server.asked[0]["max_tokens"] <= 32
+def test_a_time_out_is_not_asked_again(serve, tmp_path):
+    asking = judge.Judge(serve().url, "llama2", False, tmp_path / "verdicts.jsonl")
+    retries = asking.session.get_adapter(asking.url).max_retries
+    assert (retries.read, retries.connect, retries.total) == (0, 0, 6)
 
 
-def test_workers_ask_at_the_same_time_and_nothing_is_lost(run, server):
-    together = threading.Barrier(4, timeout=10)
-
-    def answer(question, i):
-        if 1 <= i <= 4:
-            together.wait()
-        return oracle(question, i)
-    server.answer = answer
-    assert run.judge(server.url, "--workers", "4") == 0
-    assert len((run.results / "verdicts.jsonl").read_text().splitlines()) == 48
-
-
-def test_answers_are_the_models_own_and_end_at_the_next_human_turn(run, server, monkeypatch):
-    """The models write: an end of text at once; the next human turn; neither."""
-    encoding = tiktoken.get_encoding("gpt2")
-    texts = [[encoding.eot_token], *map(encoding.encode, (" Yes.\n\nHuman: Go on", " a b c d e"))]
-
-    def generate(model, prompts, max_tokens, temperature, seed, stop):
-        assert stop(encoding.encode(" Yes.\n\nHuman:"))
-        assert not stop(encoding.encode(" Yes.\n\nHuman"))
-        ends = {tuple(encoding.encode("?\n\nAssistant:"))}
-        assert {tuple(ids) for ids in prompts} == ends and (max_tokens, temperature) == (9, 1.0)
-        return [texts[i % 3] for i in range(len(prompts))]
-    monkeypatch.setattr(judge, "generate", generate)
-    run.write(max_prompt_tokens=len(encoding.encode("?\n\nAssistant:")))  # cut from the left
-    assert run.judge(server.url) == 0
-    lines = [json.loads(line) for line in (run.results / "answers.jsonl").read_text().splitlines()]
-    assert [(x["text"], x["end"]) for x in lines[:3]] == [
-        ("", "itself"), ("Yes.", "human"), ("a b c d e", "limit")]
-    assert [x["model"] for x in lines] == ["tuned"] * 6 + ["sft"] * 6 + ["untuned"] * 6
-    assert len({x["key"] for x in lines}) == 3
-
-
-def test_more_prompts_keep_the_answers_to_the_first(run, server, monkeypatch):
-    monkeypatch.setattr(judge, "generate", run.generate)
-    assert run.judge(server.url) == 0
-    before = (run.results / "answers.jsonl").read_text()
-    assert run.judge(server.url, "--n", "9") == 0
-    assert (run.results / "answers.jsonl").read_text().startswith(before)
-    assert len(server.questions()) == 2 * 4 * 9
-    prompts = {json.loads(line)["prompt"] for line in (run.results / "answers.jsonl").open()}
-    assert len(prompts) == 9
-
-
-def test_without_sft_the_reference_is_the_untuned_model(run, server, capsys, weights):
-    """The tuned model is the untuned one: no distance between them, and all their answers equal."""
-    (run.out / "sft").unlink()
-    same = str(weights / "best")
-    assert run.judge(server.url, "--tuned", str(run.out / "best"), "--untuned", same) == 0
-    text = capsys.readouterr().out
-    assert row(text, "tie") == ["0", "0", "6"] and "tuned/sft" not in text.replace(" ", "")
-    assert "0" in row(text, "KL to untuned") and len(server.questions()) == 2 * 2 * 6
-
-
-def test_the_distance_is_that_of_the_tuned_models_own_answers_to_sft(run, server, capsys, load):
-    """The mean over its answers of log p under the tuned model less log p under SFT."""
-    assert run.judge(server.url) == 0
-    lines = [json.loads(line) for line in (run.results / "answers.jsonl").open()]
-    tuned, sft = load(run.out / "best"), load(run.out / "sft")
-    kl = np.mean([judge.answer_logp(tuned, line) - judge.answer_logp(sft, line) for line in lines
-                  if line["model"] == "tuned"])
-    assert row(capsys.readouterr().out, "KL to sft")[2] == f"{kl:.3g}"
-
-
-def test_own_pairs_are_judged_on_their_test_part(run, server, tmp_path):
-    rows = [{"prompt": f"Own {i}?", "chosen": "chosen answer", "rejected": "no"} for i in range(50)]
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
-    run.write(pairs=str(tmp_path / "own.jsonl"))
-    assert run.judge(server.url, "--n", "50") == 0
-    expected = data.split(data.read_pairs(tmp_path / "own.jsonl")[0], [], 0.1)[0]["test"]
-    prompts = {json.loads(line)["prompt"] for line in (run.results / "answers.jsonl").open()}
-    assert prompts == {pair.prompt for pair in expected} and 0 < len(prompts) < 20
-
-
-def test_an_answer_is_no_markdown_in_the_report(run, server):
-    hh = next(run.out.parent.glob("hh/*/*.gz"))
-    text = "\n\nHuman: Hi\n\nAssistant: {}"
-    with gzip.open(hh, "wt") as file:
-        sides = {"chosen": "a|b\n![x](http://x) <b>", "rejected": "no"}
-        file.write(json.dumps({side: text.format(answer) for side, answer in sides.items()}))
-    assert run.judge(server.url) == 0
-    report = (run.results / "report.md").read_text()
-    assert "![" not in report and "<b>" not in report and "a&#124;b<br>&#33;&#91;x" in report
-
-
-def test_bad_options_and_folders_are_one_line_and_no_traceback(run, server, capsys, tmp_path):
-    (tmp_path / "bad.txt").write_text("{prompt} {a}")
-    for argv, told in ((["--prompt", str(tmp_path / "bad.txt")], "{b}"), (["--n", "0"], "--n"),
-                       ([], "--demo")):
-        run.write(demo=not argv)
-        assert run.judge(server.url, *argv) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error  ") and told in error and error.count("\n") == 1
-    assert judge.main([str(tmp_path / "none"), "--url", server.url]) == 2
-    assert "config.json" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        judge.main(["--nothing"])
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error  ")
-
-
-@pytest.mark.parametrize(("config", "told"), [
-    ({"model_type": "gpt2"}, "not of a run of train.py"),  # a model's folder has that file, too
-    ({"options": {"demo": False}, "versions": {}}, "another edition of this code (format 1)"),
-    ({"format": 2, "options": {"demo": True}}, "a --demo"),  # a demo's bytes can't be judged
+@pytest.mark.parametrize(("status", "body", "shown"), [
+    (404, {"error": {"message": "model 'llama2' not found"}}, "not found: see whether --judge"),
+    (401, {"error": "no key"}, "no key: set JUDGE_API_KEY"),
+    (429, {"object": "error", "message": "too many"}, "too many: the server limits"),
+    (500, "the engine\nhas died", "the engine has died: look at the server's own messages"),
+    (503, {"error": {"message": "Loading model"}}, "Loading model: look at"),
 ])
-def test_a_folder_that_is_no_run_to_judge_is_refused_in_one_line(tmp_path, capsys, config, told):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert judge.main([str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error  {tmp_path}") and told in error and error.count("\n") == 1
+def test_a_fault_that_lasts_is_one_line_in_each_of_the_forms(status, body, shown, run, serve,
+                                                             capsys):
+    server = serve()
+    server.interrupt = lambda number: (status, body, {})
+    error = fails(run, server, capsys)
+    assert f"the answer was {status}: " in error
+    assert shown in error
+    again = status in judge.OVERLOADED
+    assert len(server.asked) == (7 if again else 1)
+
+
+@pytest.mark.parametrize("body", ["<html>Welcome</html>", "[]", {"choices": []}, {"choices": [7]},
+                                  {"choices": [{"message": {"content": 7}}]}])
+def test_an_answer_that_is_no_chat_completion(body, run, serve, capsys):
+    server = serve()
+    server.interrupt = lambda number: (200, body, {})
+    assert "is no chat completion" in fails(run, server, capsys)
+
+
+def test_a_fault_that_passes_is_not_noticed(run, serve, capsys):
+    """Still loading twice; later too many requests, with a wait that the server names."""
+    server = serve()
+    server.say = people
+    faults = {0: (503, {"error": {"message": "Loading model"}}, {}),
+              1: (503, {"error": {"message": "Loading model"}}, {}),
+              9: (429, "slow down", {"Retry-After": "0"}),
+              30: (502, "bad gateway", {})}
+    server.interrupt = faults.get
+    assert run.judge(server) == 0
+    assert row(capsys.readouterr().out, "chosen against rejected")["rate"] == "1.000"
+    assert len(server.asked) == 1 + len(faults) + 2 * 4 * PAIRS
+
+
+def test_the_key_is_sent_and_never_shown(run, serve, capsys, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "s3cret")
+    server = serve()
+    server.interrupt = lambda number: (401, {"error": "wrong key s3cret"}, {})
+    error = fails(run, server, capsys)
+    assert "wrong key ***" in error
+    assert "s3cret" not in error
+    assert server.headers[0]["Authorization"] == "Bearer s3cret"
+
+
+def test_a_cut_question_is_told_of_even_if_nothing_is_asked(run, serve, capsys):
+    """Four tokens can't hold a question of fifty words: the server cut it, and said nothing."""
+    server = serve()
+    server.say = people
+    server.prompt_tokens = 4
+    assert run.judge(server) == 0
+    assert f"has cut {2 * 4 * PAIRS} questions" in capsys.readouterr().out
+    server.asked.clear()
+    assert run.judge(server) == 0
+    assert server.questions() == []
+    assert f"has cut {2 * 4 * PAIRS} questions" in capsys.readouterr().out
+
+
+def test_a_question_holds_no_chat_template_of_its_own(serve, tmp_path):
+    asking = judge.Judge(serve().url, "llama2", False, tmp_path / "verdicts.jsonl")
+    question = asking.question_of("{a} [INST] Hi \ud83d", "<<SYS>> {b} </s>", "kind")
+    assert parts(question) == ("{a}   Hi ?", "{b}", "kind")
+
+
+@pytest.mark.parametrize(("words", "named"), [
+    (["--prompts", "0"], "--prompts"),
+    (["--temperature", "-1"], "--temperature"),
+    (["--temperature", "nan"], "--temperature"),
+    (["--top_p", "0"], "--top_p"),
+    (["--max_new_tokens", "0"], "--max_new_tokens"),
+    (["--ask", "x", "--blind"], "--ask"),
+    (["--against", "me"], "--against"),
+    (["--n", "5"], "--n"),
+])
+def test_a_wrong_option_names_itself(words, named, run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        judge.main([str(run.out), *words])
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_or_without_weights_is_one_line(run, serve, capsys, tmp_path):
+    for words in ([], ["--ask", "Hi"], ["--blind"]):
+        assert judge.main([str(tmp_path / "nowhere"), *words]) == 2
+        assert "expected the folder of a run of train.py" in capsys.readouterr().err
+    (run.out / "best").unlink()
+    for words in (["--ask", "Hi"], ["--blind"]):
+        assert judge.main([str(run.out), *words]) == 2
+        error = capsys.readouterr().err
+        assert "best" in error
+        assert error.count("\n") == 1
+
+
+def test_a_demo_needs_no_judge(run, serve, capsys):
+    run.write_config(demo=True)
+    assert "the run of a demo" in fails(run, serve(), capsys)
+
+
+def test_a_damaged_line_is_named(run, serve, capsys):
+    run.results.mkdir()
+    (run.results / "verdicts.jsonl").write_bytes(b'{"judge": "x", "question": "y"}\n{oh\n')
+    error = fails(run, serve(), capsys)
+    assert "verdicts.jsonl, line 2: b'{oh', expected a JSON object" in error
+
+
+# 5. Answers -------------------------------------------------------------------------------------
+
+
+def test_answers_are_sampled_alike_and_end_at_end_of_text_or_the_next_question(monkeypatch):
+    encoding = tiktoken.get_encoding("gpt2")
+    seen = {}
+
+    def play(gpt2, prompts, max_tokens, temperature, top_p, end_token, stop, seed):
+        seen.update(prompts=prompts, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
+                    seed=seed)
+        answers = [encoding.encode(" Yes."), encoding.encode(" No.\n\nHuman: Why?"),
+                   encoding.encode(" Well")]
+        answers[0].append(end_token)
+        assert not stop(answers[0])
+        assert not stop(encoding.encode("\n\nHuman"))
+        assert stop(encoding.encode(" No.\n\nHuman:"))
+        return answers
+    monkeypatch.setattr(judge.model, "generate", play)
+    gpt2 = SimpleNamespace(config=GPT2Config(n_positions=40))
+    prompts = ["\n\nHuman: Is it so?\n\nAssistant:", "\n\nHuman: a b c d e f g h i j\n\nAssistant:",
+               "\n\nHuman: ?\n\nAssistant:"]
+    answers = judge.sample(gpt2, encoding, prompts, 8, judge.Sampling(0.7, 0.9, 12, seed=5))
+    assert [(answer.text, answer.end) for answer in answers] == [
+        ("Yes.", "itself"), ("No.", "human"), ("Well", "limit")]
+    for ids, prompt in zip(seen["prompts"], prompts, strict=True):
+        assert ids == encoding.encode(prompt)[-8:]     # the end of a prompt that is too long
+    assert [seen[name] for name in ("max_tokens", "temperature", "top_p", "seed")] == [
+        12, 0.7, 0.9, 5]
+    judge.sample(gpt2, encoding, prompts, 50, judge.Sampling(1.0, 1.0, 99, seed=0))
+    assert seen["max_tokens"] == 20                    # half of the context
+
+
+def test_a_second_call_samples_only_new_prompts_and_other_weights(run, serve, weights):
+    server = serve()
+    server.say = people
+    assert run.judge(server, "--prompts", "32") == 0
+    assert run.sampled == [32] * 3
+    assert run.judge(server, "--prompts", "50") == 0
+    assert run.sampled[3:] == [18] * 3
+    (run.out / "best").unlink()
+    torch.manual_seed(9)                               # the run went on, say
+    save_pretrained(GPT2(GPT2Config(1, 1, 4, 64, 50257, 8)), run.out / "best")
+    assert run.judge(server, "--prompts", "50") == 0
+    assert run.sampled[6:] == [32, 18]
+    assert run.judge(server, "--prompts", "50", "--seed", "1") == 0
+    assert len(run.sampled) == 8 + 6
+
+
+def test_prompts_are_drawn_from_the_tests_of_the_run_each_once(run, tmp_path):
+    options = json.loads((run.out / "config.json").read_text())["options"]
+    prompts = [pair.prompt for pair in judge.drawn_pairs(options, 100, seed=0)]
+    assert len(prompts) == len(set(prompts)) == PAIRS
+    assert prompts != sorted(prompts)
+    assert prompts[:7] == [pair.prompt for pair in judge.drawn_pairs(options, 7, seed=0)]
+    assert prompts[:7] != [pair.prompt for pair in judge.drawn_pairs(options, 7, seed=1)]
+
+    own = tmp_path / "own.jsonl"
+    lines = [{"prompt": f"Own {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(50)]
+    own.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    splits, _ = data.split(data.read_pairs(own)[0], [], 0.1)
+    found = judge.drawn_pairs(options | {"pairs": str(own)}, 100, seed=0)
+    assert set(found) == set(splits["test"])
+
+
+def test_the_log_probability_of_an_answer_is_that_of_its_tokens(weights):
+    gpt2 = judge.load(weights / "best")
+    answer = Answer([464, 3290], [318, 257, 50256], "", "itself")
+    logits = gpt2(torch.tensor([[464, 3290, 318, 257, 50256]], device=gpt2.wte.weight.device))
+    logps = logits[0].double().log_softmax(-1)
+    expected = logps[1, 318] + logps[2, 257] + logps[3, 50256]
+    assert judge.answer_logp(gpt2, answer) == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_kl_is_the_mean_log_ratio_of_the_tuned_models_answers(monkeypatch):
+    """Log-ratios 1, 2 and 6: mean 3, and 1.96 * sqrt(7) / sqrt(3) = 2.99."""
+    logps = {"best": [-5.0, -6.0, -1.0], "sft": [-6.0, -8.0, -7.0]}
+    monkeypatch.setattr(judge, "load", lambda path: path)
+    monkeypatch.setattr(judge, "answer_logp", lambda gpt2, answer: logps[gpt2][answer])
+    assert judge.kl_to_sft({"tuned": "best", "sft": "sft"}, [0, 1, 2]) == "3.00 +- 2.99"
+
+
+def test_kl_is_shown_at_temperature_1_alone(run, serve, capsys):
+    server = serve()
+    server.say = people
+    for words, is_there in (([], True), (["--temperature", "0.5"], False),
+                            (["--top_p", "0.5"], False)):
+        assert run.judge(server, *words) == 0
+        about = [line for line in capsys.readouterr().out.splitlines()
+                 if line.startswith("| tuned |")]
+        assert len(about) == 1
+        assert ("+-" in about[0]) == is_there
+
+
+def test_what_answers_show_without_a_judge():
+    """Seven words, of which five differ; five pairs of neighbours, of which four differ."""
+    assert judge.describe(["a b a b", "c d e"]) == {
+        "words": 3.5, "distinct-1": 5 / 7, "distinct-2": 4 / 5}
+
+
+def test_how_often_the_longer_answer_won():
+    """Of four decided verdicts, one is on answers of one length: 2 of 3."""
+    verdicts = [Verdict(score, ("A", "B")) for score in (1.0, 0.0, 1.0, 0.5, 0.0)]
+    answers = ["long", "a", "b", "long", "c"]
+    others = ["s", "long", "long", "s", "d"]
+    assert judge.longer_won(verdicts, answers, others) == 2 / 3
+    assert judge.longer_won(verdicts[3:], answers[3:], others[3:]) is None
+
+
+def test_the_report_ends_with_the_answers_as_they_are(run, serve):
+    server = serve()
+    server.say = people
+    assert run.judge(server) == 0
+    text = run.report.read_text()
+    assert "hh-rlhf holds offensive text" in text
+    assert text.count("prompt:\n\n    Question") == 10
+    assert text.count("chosen:\n\n    kind answer") == 10
+    assert text.count("\n\ntuned:\n\n    ") == text.count("\n\nsft:\n\n    ") == 10
+    (block,) = judge.examples({"prompt": ["*a*\n# b"]}, 1)[1:2]
+    assert block == "prompt:\n\n    *a*\n    # b"
+
+
+# 6. --ask and --blind ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """The folder of a demo's run: tiny models that read bytes, and know nothing."""
+    out = tmp_path_factory.mktemp("demo")
+    for seed, name in enumerate(("best", "sft")):
+        torch.manual_seed(seed)
+        save_pretrained(GPT2(GPT2Config(1, 2, 16, 128, 257, 16)), out / name)
+    options = {"demo": True, "max_prompt_tokens": 60, "model": "gpt2"}
+    (out / "config.json").write_text(json.dumps({"format": 2, "options": options}))
+    return out
+
+
+def test_ask_shows_the_answers_of_all_models_under_one_another(run, capsys):
+    assert judge.main([str(run.out), "--ask", "Who?", "--ask", "Why?"]) == 0
+    blocks = re.split(r"\n(?=Human: )", capsys.readouterr().out)
+    assert [block.splitlines()[0] for block in blocks[1:]] == ["Human: Who?", "Human: Why?"]
+    for block in blocks[1:]:
+        names = re.findall(r"^--- (\w+): ", block, re.M)
+        assert names == ["untuned", "sft", "tuned"]
+
+
+def test_ask_answers_as_the_model_does(demo, capsys):
+    """At temperature 0, with hh-rlhf's form around the question; another seed changes nothing."""
+    for seed in ("0", "1"):
+        assert judge.main([str(demo), "--ask", "Name a digit.", "--temperature", "0", "--seed",
+                           seed, "--max_new_tokens", "5"]) == 0
+        text = capsys.readouterr().out
+        gpt2 = GPT2.from_pretrained(demo / "best")
+        encoding = data.encoding_of(demo=True)
+        prompt = encoding.encode_ordinary("\n\nHuman: Name a digit.\n\nAssistant:")
+        for _ in range(5):
+            prompt.append(gpt2(torch.tensor([prompt]))[0, -1].argmax().item())
+        expected = judge.printable(encoding.decode(prompt[-5:]).strip())
+        assert f"--- tuned: after DPO\n{expected}\n[cut after 5 tokens]" in text
+        assert "untuned" not in text                   # a demo begins with random weights
+
+
+def test_ask_reads_questions_from_a_terminal_until_an_empty_line(demo):
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, JUDGE, demo, "--ask", "--max_new_tokens", "3"], stdin=end, stdout=end,
+        stderr=end)
+    os.close(end)
+    os.write(terminal, b"Name a digit.\nAnd now?\n\n")
+    shown = b""
+    try:
+        while True:
+            shown += os.read(terminal, 4096)
+    except OSError:            # how Linux says that the other end is closed
+        pass
+    assert process.wait(timeout=60) == 0
+    text = shown.decode().replace("\r", "")
+    assert re.findall(r"^Human: (.*)$", text, re.M) == ["Name a digit.", "And now?"]
+    assert text.count("--- tuned: after DPO") == 2
+    assert text.count("Your question, or an empty line to stop: ") == 3
+
+
+def test_ask_can_be_piped(demo):
+    done = subprocess.run([sys.executable, JUDGE, demo, "--ask", "--max_new_tokens", "3"],
+                          input="Name a digit.\n", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--- tuned: after DPO") == 1
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal():
+    assert judge.printable("a\x1b[2Jb\nc\x07") == "a\N{REPLACEMENT CHARACTER}[2Jb\nc\ufffd"
+
+
+def type_in(monkeypatch, *keys: str) -> None:
+    """Plays the keyboard."""
+    left = list(keys)
+
+    def read(prompt):
+        if not left:
+            raise EOFError
+        return left.pop(0)
+    monkeypatch.setattr("builtins.input", read)
+
+
+def blind_screen(run, capsys, *words) -> str:
+    assert judge.main([str(run.out), "--blind", "--max_new_tokens", "9", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_blind_hides_names_counts_and_goes_on(run, capsys, monkeypatch):
+    """A person who knows the tuned model's hand chooses it 3 times, then a tie, then stops."""
+    tuned = f"{GPT2.from_pretrained(run.out / 'best').wte.weight[0, 0].item():.3f}"
+    shown = []
+
+    def read(prompt):
+        text = capsys.readouterr().out
+        shown.append(text)
+        if len(shown) > 4:
+            return "q"
+        if len(shown) == 4:
+            return ""
+        (letter,) = re.findall(rf"\[([ab])\] {re.escape(tuned)} ", text)
+        return letter
+    monkeypatch.setattr("builtins.input", read)
+    text = blind_screen(run, capsys)
+    assert "rate 0.875, 95% interval" in text          # (3 + 1/2) / 4
+    assert "on 4 prompts, 1 of them ties" in text
+    low, high = dpo.wilson_interval(0.875, 4)
+    assert f"{low:.3f} to {high:.3f}" in text
+    assert "hh-rlhf holds offensive text" in shown[0]
+    for screen in shown:
+        for name in ("tuned", "sft"):
+            assert name not in screen.replace("answers of tuned", "").replace("answers of sft", "")
+    letters = [re.search(rf"\[([ab])\] {re.escape(tuned)} ", screen)[1] for screen in shown]
+    assert set(letters) == {"a", "b"}                  # the order is drawn
+
+    type_in(monkeypatch, "")                           # the next call goes on
+    text = blind_screen(run, capsys)
+    assert "rate 0.800" in text                        # (3 + 1/2 + 1/2) / 5
+    assert "on 5 prompts, 2 of them ties" in text
+
+
+@pytest.mark.parametrize("against", ["chosen", "untuned"])
+def test_blind_against_others(against, run, capsys, monkeypatch):
+    type_in(monkeypatch, "x", "B ", "q")               # x is no answer, so it is asked again
+    text = blind_screen(run, capsys, "--against", against)
+    assert f"tuned against {against}: rate " in text
+    assert "on 1 prompts, 0 of them ties" in text
+    (line,) = judge.read_lines(run.results / "blind.jsonl")
+    assert line["score"] in (0.0, 1.0)
+    kind = line["other"].startswith("kind answer")
+    assert kind == (against == "chosen")
+
+
+def test_blind_without_a_verdict_has_no_rate(run, capsys, monkeypatch):
+    type_in(monkeypatch)
+    assert "no verdicts, so there is no rate" in blind_screen(run, capsys)
+
+
+def test_blind_works_in_a_pipe(run):
+    """As in: printf 'a\\nb\\nq\\n' | python judge.py out --blind. Here the models write."""
+    done = subprocess.run(
+        [sys.executable, JUDGE, run.out, "--blind", "--prompts", "5", "--max_new_tokens", "4"],
+        input="a\nb\nq\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "on 2 prompts, 0 of them ties" in done.stdout
+    assert len(judge.read_lines(run.results / "blind.jsonl")) == 2
