@@ -6,7 +6,7 @@ Read from top to bottom:
 2. tokens      from text to ids, and what is cut
 3. batches     from ids to tensors: padded, for any model; and packed, which is faster
 4. the demo    made-up pairs whose truth is known
-5. helpers     progress lines; the options with which a run began
+5. helpers     progress lines; a lock; the options with which a run began
 6. downloads   hh-rlhf and GPT-2, from the Hugging Face hub
 
 Needs torch, numpy, tiktoken and requests. The letters in the shapes: B pairs, N tokens of a packed
@@ -541,6 +541,24 @@ def print_progress(label: str, done: int, total: int, unit: str, per_second: flo
           f"{seconds_left:.0f} s left", flush=True)
 
 
+def lock(file: BinaryIO, wait: bool = True) -> bool:
+    """Keep other processes from locking this file, until it is closed or this process ends.
+
+    A lock that is held by an open file is gone when its process is killed, unlike a lock file.
+    False if wait is False and another process holds the lock. Where the system or the file system
+    has no such locks, nothing is locked, and the answer is True.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 # train.py writes a run's folder, judge.py reads it. Both need these two, so they stand here.
 RUN_FORMAT = 2                     # of a run's folder; the first edition's has no such number
 
@@ -654,24 +672,6 @@ def download(url: str, path: str | Path, sha256: str = "", tries: int = 5) -> Pa
     if fcntl is None:
         part.replace(path)                         # Windows renames no open file
     return path
-
-
-def lock(file: BinaryIO, wait: bool = True) -> bool:
-    """Keep other processes from locking this file, until it is closed or this process ends.
-
-    A lock that is held by an open file is gone when its process is killed, unlike a lock file.
-    False if wait is False and another process holds the lock. Where the system or the file system
-    has no such locks, nothing is locked, and the answer is True.
-    """
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 MAY_PASS = (requests.ConnectionError, requests.Timeout, requests.HTTPError,

@@ -11,13 +11,15 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 
 The letters in the shapes: B pairs, R rows, T tokens of a row, V tokens of the vocabulary.
 
-This file imports torch alone, so it can be copied. Here it trains a model of `transformers`, on the
-CPU. Come back to this example after section 4. `batches` is a list of batches of 8 pairs, as
-data.pad makes them: each is an object with tokens (16, T), mask (16, T) and pairs (8,), the numbers
-of the pairs in the data set. The 8 rows with the chosen responses come first.
+This file needs torch alone, so it can be copied; only section 5 works with the batches of data.py
+and the GPT2 of model.py. Here it trains a model of `transformers`, on the CPU. Come back to this
+example after section 4. `batches` is a list of batches of 8 pairs, as data.pad makes them: each is
+an object with tokens (16, T), mask (16, T) and pairs (8,), the numbers of the pairs in the data
+set. The 8 rows with the chosen responses come first.
 
     from dpo import check_start, cosine_lr, dpo_metrics, reference_logps, sequence_logps
     from dpo import train_step
+    import torch
 
     def logps_of(model, batch):
         return sequence_logps(lambda tokens: model(tokens).logits, batch.tokens, batch.mask)
@@ -322,7 +324,7 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 # - Each prompt twice. A pair's two rows begin with the same prompt.
 # - Padding. The rows of a batch have very different lengths, and all are as long as the longest.
 # - Logits of prompts and padding. The loss needs only those that predict a token of a response, and
-#   GPT-2's head, with its 50,257 words, is a large part of the model.
+#   GPT-2's head, with its 50,257 tokens, is a large part of the model.
 #
 # In a packed batch the tokens stand in one line: each prompt once, then its two responses. Nearly
 # all that a Transformer does, it does to each token alone, so it needs no rows, and none of the

@@ -42,7 +42,7 @@ import model
 # 1. Answers -------------------------------------------------------------------------------------
 
 NAMES = {
-    "untuned": "GPT-2 as it was downloaded",
+    "untuned": "before fine-tuning",
     "sft": "after SFT, the reference of DPO",
     "tuned": "after DPO",
 }

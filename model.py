@@ -180,7 +180,7 @@ class GPT2(nn.Module):
 
     def packed_hidden(self, tokens: Tensor, positions: Tensor, grids: tuple[Tensor, ...],
                       cells: Tensor) -> Tensor:
-        """What the head reads, x in forward's last line, for a packed batch: (N, C).
+        """What the head reads, the last hidden states, for a packed batch: (N, C).
 
         dpo.packed_logps shows such a batch with its numbers.
 
@@ -325,7 +325,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 def cached_hidden(model: GPT2, tokens: Tensor, positions: Tensor, keys: Tensor,
                   values: Tensor) -> Tensor:
-    """What the head reads, for the next tokens of rows: (R, T) int64 -> (R, T, C).
+    """The last hidden states, for the next tokens of rows: (R, T) int64 -> (R, T, C).
 
     positions (R, T) int64: the places at which the tokens stand in their rows.
     keys, values (n_layer, R, H, S, D): the KV cache, of all layers.
@@ -511,7 +511,8 @@ def merged_mlp(mlp: MLP, adapter: MLP) -> MLP:
 
 # 4. Files ---------------------------------------------------------------------------------------
 #
-# Nothing here is about DPO. `GPT2.from_pretrained` and `save_pretrained` are all that one calls.
+# Nothing here is about DPO. One calls `GPT2.from_pretrained` and `save_pretrained`; train.py also
+# writes its own files by `write_whole`.
 
 # OpenAI's files hold these four matrices as (in, out), nn.Linear holds them as (out, in). They are
 # transposed on the way in and on the way out. The attention's c_proj is square: if it were

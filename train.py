@@ -161,7 +161,7 @@ class Run(NamedTuple):
     """A run's folder, as far as it is open."""
     folder: Path
     metrics: BinaryIO          # metrics.jsonl, a JSON object a line
-    saved: dict                # where the run is resumed, what save_last wrote: "stage" and more
+    saved: dict                # what save_last wrote, if the run is resumed; else empty
 
 
 def train(config: Config) -> int:
@@ -402,8 +402,8 @@ def choose_machine(config: Config) -> Machine:
         dtype = torch.float32
 
     # Each grid and each piece is some more calls. A GPU, on which a small model is bound by the
-    # calls, gets few large ones; one piece then holds most batches. A CPU gets many small ones,
-    # with less padding and less memory.
+    # calls, gets few large ones; a piece of 8,192 predictions, whose logits fill 1.6 GB, holds most
+    # batches. A CPU gets many small ones, with less padding and less memory.
     if device.type == "cpu":
         return Machine(device, dtype, grids=8, piece=128)
     return Machine(device, dtype, grids=1, piece=8192)
@@ -697,7 +697,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0 a whole run, 1 a demo below its goal, 2 an error that its user can mend.
 
-    130 means stopped by Ctrl-C. An error is one line on stderr.
+    130 means stopped by Ctrl-C. An error that its user can mend is one line on stderr.
     """
     try:
         return train(parse(argv))

@@ -1,17 +1,31 @@
-"""The README's results on real pairs: python tests/results.py --model FOLDER --hh_dir FOLDER
+"""Results on real pairs: python tests/results.py --model FOLDER --hh_dir FOLDER
 
-A run of train.py for each row, whose command is printed; rows without an SFT of their own begin
-with the first row's. Then answers to the test prompts are sampled from every model, the same number
-of tokens at most, at temperature 1. Rows that rows.json in --out holds already are not run again.
+Trains with train.py and appends what came out to results/runs.csv, a line for each run. Lines that
+are there are not made again, so a stopped call goes on. `--table` prints the tables of
+results/README.md from that file.
+
+Read from top to bottom:
+
+1. the pool     the pairs, without those that the stand-in model may know; five folds
+2. baselines    what ranks answers without DPO
+3. runs         the rows of the tables, and one run of train.py
+4. the tables   from runs.csv alone
 """
 
 import argparse
+import csv
+import gzip
+import hashlib
 import json
+import math
+import os
 import re
+import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -24,150 +38,367 @@ import judge
 import train
 from model import GPT2
 
-SHARED = {"subsets": "helpful-base,helpful-rejection-sampled", "epochs": 2, "val_share": 0.1}
-PARALLEL = {"lr": 1e-3}
-NONE = {"adapter": "none", "lr": 2e-5}
-REPLACE = NONE | {"adapter": "replace", "adapter_width": 256, "sft_epochs": 4}
-ROWS = {
-    "parallel": PARALLEL | {"sft_epochs": 2, "sft_lr": 1e-4},
-    "none": NONE,
-    "replace, scratch": REPLACE | {"sft_lr": 1e-3},
-    "replace, pretrained": REPLACE | {"adapter_init": "pretrained", "sft_lr": 3e-4},
-    "parallel, beta 0.05": PARALLEL | {"beta": 0.05},
-    "parallel, beta 0.3": PARALLEL | {"beta": 0.3},
-    "parallel, beta 0.5": PARALLEL | {"beta": 0.5},
-    "parallel, seed 1": PARALLEL | {"seed": 1},
-    "none, seed 1": NONE | {"seed": 1},
-    "parallel, seed 2": PARALLEL | {"seed": 2},
-    "none, seed 2": NONE | {"seed": 2},
-}
-UNSURE = re.compile(r"(?i)not sure|n.t (?:\w+ )?(?:know|understand)|sorry|what do you mean")
-COLUMNS = {  # of the table that is printed: the name in rows.json, and the format
-    "loss": ("loss", ".4f"),
-    "accuracy": ("rewards/accuracies", ".3f"),
-    "from": ("accuracy_low", ".3f"),
-    "to": ("accuracy_high", ".3f"),
-    "margin": ("rewards/margins", ".3f"),
-    "nats": ("nats", ".3f"),
-    "KL": ("KL", ".2f"),
-    "±": ("KL error", ".2f"),
-    "words": ("words", ".1f"),
-    "distinct-1": ("distinct-1", ".3f"),
-    "distinct-2": ("distinct-2", ".3f"),
-    "ended": ("ended by itself", ".2f"),
-    "unsure": ("unsure", ".2f"),
-    "best at": ("best_step", ""),
-    "s": ("seconds", ".0f"),
-}
+ROOT = Path(train.__file__).parent
+CSV = ROOT / "results" / "runs.csv"
+FOLDS = 5
+SUBSETS = ("harmless-base", "helpful-base")            # of a fold's folder: all pairs are in these
+
+# 1. The pool ------------------------------------------------------------------------------------
 
 
-def run(options: dict, folder: Path) -> dict:
-    """Train with these options; what the run's log says of its test, and of its best steps."""
+def openings(hh_dir: Path) -> set[str]:
+    """The first question of every dialogue of several turns in the train files, as a prompt.
+
+    The stand-in model was pretrained on such dialogues. A pair with the same question may have one
+    of its answers there, word for word.
+    """
+    found = set()
+    for path in sorted(hh_dir.glob("*/train.jsonl.gz")):
+        with gzip.open(path) as file:
+            for line in file:
+                for dialogue in json.loads(line).values():
+                    if dialogue.count(data.HUMAN) > 1:
+                        first, _, _ = dialogue.partition(data.ASSISTANT)
+                        found.add(first + data.ASSISTANT)
+    return found
+
+
+def clean_pool(hh_dir: Path) -> dict[str, list[data.Pair]]:
+    """The pairs of each kind, "harmless" and "helpful", of the train and test files together."""
+    known = openings(hh_dir)
+    pool = {"harmless": [], "helpful": []}
+    usable = 0
+    for path in sorted(hh_dir.glob("*/*.jsonl.gz")):
+        kind = "harmless" if "harmless" in path.parent.name else "helpful"
+        pairs, _ = data.read_pairs(path)
+        usable += len(pairs)
+        pool[kind] += [pair for pair in pairs if pair.prompt not in known]
+    kept = sum(len(pairs) for pairs in pool.values())
+    print(f"pool   {usable:,} pairs, {usable - kept:,} left out whose question opens a dialogue of "
+          f"several turns: {len(pool['harmless']):,} harmless and {len(pool['helpful']):,} helpful")
+    return pool
+
+
+def fold_of(pair: data.Pair) -> int:
+    """The fold in which this pair is tested. Equal prompts are in one fold.
+
+    data.fraction_of would not do: data.split takes the validation pairs by it.
+    """
+    digest = hashlib.sha256(f"fold {pair.prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % FOLDS
+
+
+def write_fold(pool: dict[str, list[data.Pair]], fold: int, folder: Path) -> None:
+    """The fold as files of hh-rlhf's form: test has its own pairs, train has all others."""
+    for kind, pairs in pool.items():
+        lines = {"train": [], "test": []}
+        for pair in pairs:
+            row = {"chosen": pair.prompt + pair.chosen, "rejected": pair.prompt + pair.rejected}
+            lines["test" if fold_of(pair) == fold else "train"].append(json.dumps(row))
+        for split, texts in lines.items():
+            path = folder / f"{kind}-base" / f"{split}.jsonl.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(gzip.compress("\n".join(texts).encode(), mtime=0))
+
+
+def pairs_of_fold(folder: Path, split: str) -> tuple[list[data.Pair], str]:
+    """A fold's pairs in the order in which train.py reads them; and of each, "h" or "-": harmless?
+    """
+    pairs = []
+    kinds = ""
+    for subset in SUBSETS:
+        found, _ = data.read_pairs(folder / subset / f"{split}.jsonl.gz")
+        pairs += found
+        kinds += ("h" if subset == "harmless-base" else "-") * len(found)
+    return pairs, kinds
+
+
+# 2. Baselines -----------------------------------------------------------------------------------
+
+
+def scores_of(differences: list[float]) -> str:
+    """A character for each pair: "2" the chosen answer ranks higher, "0" lower, "1" equal."""
+    scores = ""
+    for difference in differences:
+        if difference > 0:
+            scores += "2"
+        elif difference < 0:
+            scores += "0"
+        else:
+            scores += "1"
+    return scores
+
+
+def logps_of(path: Path, pairs: list[data.Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(2, pairs) each: the log-probabilities by the model in the folder, and the lengths."""
+    model = judge.load(path)
+    tokens, _ = data.tokenize(pairs, data.encoding_of(demo=False), 512, 256)
+    assert len(tokens) == len(pairs)
+    batches = data.by_length(tokens, 32, grids=8)
+    with torch.no_grad():
+        logps = dpo.reference_logps(lambda model, batch: dpo.packed_logps(model, batch), model,
+                                    batches, len(tokens))
+    lengths = torch.tensor([[len(pair.chosen) for pair in tokens],
+                            [len(pair.rejected) for pair in tokens]])
+    return logps, lengths
+
+
+def baselines(sft: Path, pairs: list[data.Pair], kinds: str) -> Iterator[dict]:
+    """What ranks the pairs without DPO: the length in tokens, and the SFT model itself."""
+    logps, lengths = logps_of(sft, pairs)
+    per_token = logps / lengths
+    yield {"row": "the longer answer", "scores": scores_of((lengths[0] - lengths[1]).tolist()),
+           "kinds": kinds}
+    yield {"row": "SFT, summed", "scores": scores_of((logps[0] - logps[1]).tolist())}
+    yield {"row": "SFT, per token", "scores": scores_of((per_token[0] - per_token[1]).tolist())}
+
+
+# 3. Runs ----------------------------------------------------------------------------------------
+
+ADAPTERS = "DPO, adapters"
+ALL_WEIGHTS = "DPO, all weights"
+ROWS = {                       # options beside train.py's defaults; the first row makes the SFT
+    ADAPTERS: {},
+    ALL_WEIGHTS: {"adapter": "none"},
+}
+FURTHER = {                    # on fold 0 alone
+    "beta 0.05": {"beta": 0.05},
+    "beta 0.3": {"beta": 0.3},
+    "per token (sigmoid_norm)": {"loss": "sigmoid_norm", "beta": 2.0},
+    "with an SFT term": {"sft_coef": 0.1},
+}
+METRICS = ("loss", "rewards/margins", "rewards/accuracies", "chosen_below_reference")
+FIELDS = ("row", "fold", "seed", "commit", "machine", "dtype", "command", "seconds", "memory_gb",
+          "parameters", "best_step", *METRICS, "kl", "words", "distinct-1", "distinct-2", "ended",
+          "kinds", "scores")
+
+
+def machine() -> str:
+    """The processor, with the flags that matter for speed."""
+    text = subprocess.getoutput("lscpu")
+    name = re.search(r"Model name: *(.*)", text)[1]
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+             if re.search(rf"\b{flag}\b", text)]
+    return f"{name}, {os.cpu_count()} cores, {' '.join(flags)}"
+
+
+def training_commit() -> str:
+    """The last commit that changed the training code. Rows of a table must have the same one."""
+    files = "dpo.py data.py model.py train.py"
+    changed = subprocess.getoutput(f"git -C {ROOT} status --porcelain {files}")
+    assert not changed, f"the training code has changes that are not committed:\n{changed}"
+    return subprocess.getoutput(f"git -C {ROOT} log -1 --format=%h -- {files}")
+
+
+def train_once(options: dict) -> dict:
+    """One run of train.py in a process of its own: its command, seconds, memory and metrics."""
     words = []
     for name, value in options.items():
         words += [f"--{name}", str(value)]
     print("+ python train.py", *words, flush=True)
-    start = time.perf_counter()
-    code = train.main([*words, "--resume"])
-    seconds = time.perf_counter() - start
-    if code != 0:
-        raise SystemExit(f"train.py ended with {code}")
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words, "--resume"],
+                               stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, f"train.py ended with {status}"
 
-    best = {}                                          # of each stage the last validation
-    for text in (folder / "metrics.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        if line["event"] == "val":
-            best[line["stage"]] = line
-    assert line["event"] == "test", line
-    return {"seconds": seconds, **line, "best_step": best["dpo"]["best_step"],
-            "SFT": best.get("sft")}
-
-
-def nats_a_token(model: GPT2, pairs: list[data.Pair]) -> float:
-    """Of the chosen answers: by it, models with different references can be compared."""
-    tokens, _ = data.tokenize(pairs, data.encoding_of(demo=False), 512, 256)
-
-    def loss_function(model: GPT2, batch: data.Batch) -> dict[str, torch.Tensor]:
-        chosen = dpo.packed_logps(model, batch)
-        return {"loss": dpo.sft_loss(chosen, batch.response_tokens)}
-
-    batches = data.by_length(tokens, 32, sides=("chosen",))
-    return dpo.val_step(model, batches, loss_function)["loss"]
-
-
-def describe(folder: Path, reference: GPT2, pairs: list[data.Pair], out: Path) -> dict[str, float]:
-    """What the model's answers are like, and their KL to the reference, in nats an answer."""
-    model = GPT2.from_pretrained(folder).requires_grad_(False)
-    prompts = [pair.prompt for pair in pairs]
-    options = SimpleNamespace(seed=0, temperature=1.0, max_new_tokens=128)
-    log = judge.Log(out / "answers.jsonl", "prompt", "key")
-    answers = judge.sample_answers(model, str(folder), prompts, options, 256, log)
-    texts = [answer["text"] for answer in answers]
-
-    ratios = []
-    for answer in answers:
-        policy_logp = judge.answer_logp(model, answer)
-        reference_logp = judge.answer_logp(reference, answer)
-        ratios.append(policy_logp - reference_logp)
-    ratios = torch.tensor(ratios)
-    unsure = sum(UNSURE.search(text) is not None for text in texts)
-    return judge.describe(texts, answers) | {
-        "nats": nats_a_token(model, pairs),
-        "KL": ratios.mean().item(),
-        "KL error": (1.96 * ratios.std() / len(ratios) ** 0.5).item(),
-        "unsure": unsure / len(texts),
+    out = Path(options["out"])
+    lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
+    test = lines[-1]
+    assert test["event"] == "test"
+    dtype = json.loads((out / "config.json").read_text())["options"]["dtype"]
+    named = {name: Path(str(value)).name if name in ("model", "hh_dir", "out") else value
+             for name, value in options.items()}       # folders of this machine tell nothing
+    return {
+        "command": "train.py " + " ".join(f"--{name} {value}" for name, value in named.items()),
+        "seconds": round(time.perf_counter() - started, 1),
+        "memory_gb": round(usage.ru_maxrss / 2**20, 2),
+        "dtype": dtype,
+        "best_step": test["step"],
+        **{name: test[name] for name in METRICS},
     }
 
 
-def print_table(rows: dict[str, dict]) -> None:
-    """The rows as Markdown."""
-    print("| |", " | ".join(COLUMNS), "|\n" + "|---" * (len(COLUMNS) + 1) + "|")
-    for name, row in rows.items():
-        cells = []
-        for key, form in COLUMNS.values():
-            cells.append(f"{row[key]:{form}}" if key in row else "")
-        print(f"| {name} |", " | ".join(cells), "|")
+def trained_parameters(sft: Path, options: dict) -> int:
+    """How many numbers DPO trains."""
+    model = GPT2.from_pretrained(sft)
+    config = train.Config(**options)
+    train.add_adapters(model, config.adapter, config.adapter_width, config.adapter_init)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def dpo_row(folder: Path, sft: Path, name: str, options: dict, start: dict, sampled: bool,
+            pairs: list[data.Pair], reference: torch.Tensor | None) -> dict:
+    """Train, test again pair by pair, and look at sampled answers."""
+    out = folder / re.sub(r"\W+", "_", name)
+    line = {"row": name} | train_once({"hh_dir": folder / "hh", "subsets": ",".join(SUBSETS),
+                                       "out": out} | start | options)
+    policy, _ = logps_of(out / "best", pairs)
+    if reference is None:
+        reference, _ = logps_of(sft, pairs)
+    margins = (policy[0] - reference[0]) - (policy[1] - reference[1])
+    line["scores"] = scores_of(margins.tolist())
+    if options.get("loss", "sigmoid") == "sigmoid":
+        accuracy = statistics.fmean(int(score) / 2 for score in line["scores"])
+        assert abs(accuracy - line["rewards/accuracies"]) < 2 / len(pairs), (accuracy, line)
+    line["parameters"] = trained_parameters(sft, options)
+    if sampled:
+        paths = {"tuned": out / "best", "sft": sft}
+        prompts = sorted({pair.prompt for pair in pairs})
+        answers = judge.kept_answers(folder / "answers.jsonl", name, paths["tuned"],
+                                     data.encoding_of(demo=False), prompts, 256,
+                                     judge.Sampling(1.0, 1.0, 128, 0))
+        line |= judge.describe([answer.text for answer in answers])
+        line["ended"] = statistics.fmean(answer.end == "itself" for answer in answers)
+        line["kl"] = judge.kl_to_sft(paths, answers)
+    return line
+
+
+def read_csv() -> list[dict]:
+    if not CSV.exists():
+        return []
+    with open(CSV, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_csv(line: dict) -> None:
+    CSV.parent.mkdir(exist_ok=True)
+    is_new = not CSV.exists()
+    with open(CSV, "a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(line)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """All rows that runs.csv lacks, fold by fold."""
+    conftest.offline_vocabulary()
+    pool = clean_pool(Path(args.hh_dir))
+    shared = {"seed": 0, "commit": training_commit(), "machine": machine()}
+    for fold in range(FOLDS):
+        folder = Path(args.out) / f"fold{fold}"
+        write_fold(pool, fold, folder / "hh")
+        pairs, kinds = pairs_of_fold(folder / "hh", "test")
+        done = {line["row"] for line in read_csv()
+                if line["fold"] == str(fold) and line["commit"] == shared["commit"]}
+        sft = folder / re.sub(r"\W+", "_", ADAPTERS) / "sft"
+        rows = dict(ROWS)
+        if fold == 0:
+            rows |= FURTHER
+        reference = None
+        for name, options in rows.items():
+            if name in done or not re.search(args.only, name):
+                continue
+            start = {"model": args.model}
+            if name != ADAPTERS:
+                start = {"model": sft, "sft_epochs": 0}
+            line = dpo_row(folder, sft, name, options, start, fold == 0, pairs, reference)
+            append_csv(shared | {"fold": fold} | line)
+        if "the longer answer" not in done and sft.exists():
+            for line in baselines(sft, pairs, kinds):
+                append_csv(shared | {"fold": fold} | line)
+
+
+# 4. The tables ----------------------------------------------------------------------------------
+
+BASELINES = ("the longer answer", "SFT, summed", "SFT, per token")
+
+
+def mean_score(scores: str) -> float:
+    return statistics.fmean(int(score) / 2 for score in scores)
+
+
+def with_interval(scores: str) -> str:
+    """Accuracy, with Wilson's interval over the pairs."""
+    if not scores:
+        return ""
+    mean = mean_score(scores)
+    low, high = dpo.wilson_interval(mean, len(scores))
+    return f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
+def difference(scores: str, baseline: str) -> str:
+    """The mean difference on the same pairs, with its interval."""
+    differences = [(int(a) - int(b)) / 2 for a, b in zip(scores, baseline, strict=True)]
+    error = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{statistics.fmean(differences):+.3f} +- {error:.3f}"
+
+
+def where(scores: str, marks: str, mark: str) -> str:
+    """The scores of the pairs that have this mark."""
+    return "".join(score for score, own in zip(scores, marks, strict=True) if own == mark)
+
+
+def main_table(lines: list[dict]) -> str:
+    """Every fold: baselines, and DPO. lines: of one commit."""
+    scores = {}
+    kinds = ""
+    for name in (*BASELINES, ADAPTERS, ALL_WEIGHTS):
+        own = sorted((line for line in lines if line["row"] == name),
+                     key=lambda line: int(line["fold"]))
+        assert [line["fold"] for line in own] == [str(fold) for fold in range(FOLDS)], name
+        scores[name] = "".join(line["scores"] for line in own)
+        if name == BASELINES[0]:
+            kinds = "".join(line["kinds"] for line in own)
+    longer = scores[BASELINES[0]]                      # it marks the pairs by length, too
+    best = max(BASELINES, key=lambda name: mean_score(scores[name]))
+
+    rows = []
+    for name, own in scores.items():
+        rows.append([name, with_interval(own),
+                     difference(own, scores[best]) if name not in BASELINES else "",
+                     with_interval(where(own, kinds, "-")), with_interval(where(own, kinds, "h")),
+                     with_interval(where(own, longer, "2")), with_interval(where(own, longer, "0")),
+                     with_interval(where(own, longer, "1"))])
+    header = ["", f"accuracy on {len(longer):,} pairs", f"against \"{best}\"", "helpful",
+              "harmless", "chosen is longer", "chosen is shorter", "equally long"]
+    return judge.table(header, rows)
+
+
+def fold_table(lines: list[dict]) -> str:
+    """Fold 0: all runs, with what else was measured."""
+    rows = []
+    for line in lines:
+        if line["fold"] == "0" and line["command"]:
+            numbers = [line["row"], with_interval(line["scores"])]
+            for name in ("loss", "rewards/margins", "chosen_below_reference"):
+                numbers.append(float(line[name]))
+            numbers.append(line["kl"])
+            for name in ("words", "distinct-1", "distinct-2", "ended"):
+                numbers.append(float(line[name]))
+            numbers += [f"{int(line['parameters']):,}", line["seconds"], line["memory_gb"]]
+            rows.append(numbers)
+    header = ["", "accuracy", "loss", "margin", "chosen below reference", "KL, nats", "words",
+              "distinct-1", "distinct-2", "ended by itself", "parameters that train", "seconds",
+              "GB"]
+    return judge.table(header, rows)
+
+
+def tables() -> str:
+    """The tables of results/README.md, of the newest commit in runs.csv."""
+    lines = read_csv()
+    newest = lines[-1]["commit"]
+    lines = [line for line in lines if line["commit"] == newest]
+    machines = sorted({f"{line['machine']}, {line['dtype']}" for line in lines if line["dtype"]})
+    return "\n\n".join([f"Training code of commit {newest}, on {'; '.join(machines)}.",
+                        main_table(lines), fold_table(lines)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, help="as for train.py")
-    parser.add_argument("--hh_dir", default="hh-rlhf", help="as for train.py")
+    parser.add_argument("--model", help="as for train.py")
+    parser.add_argument("--hh_dir", default="hh-rlhf", help="a folder that holds all subsets")
     parser.add_argument("--out", default="out/results", help="a folder for the runs")
+    parser.add_argument("--only", default="", help="rows whose names match this expression")
+    parser.add_argument("--table", action="store_true", help="print the tables, and stop")
     args = parser.parse_args()
-    conftest.offline_vocabulary()
-    out = Path(args.out)
-
-    pairs = []
-    for path in data.fetch_hh(args.hh_dir, SHARED["subsets"].split(","), "test"):
-        pairs += data.read_pairs(path)[0]
-    pairs = sorted({pair.prompt: pair for pair in pairs}.values())  # a prompt is one sample
-
-    done = out / "rows.json"
-    rows = json.loads(done.read_text()) if done.exists() else {}
-    shared_sft = out / "parallel" / "sft"
-    for name, options in ROWS.items():
-        folder = out / re.sub(r"\W+", "_", name)
-        if "sft_epochs" in options:
-            sft = folder / "sft"
-            start = {"model": args.model}
-        else:
-            sft = shared_sft
-            start = {"model": sft, "sft_epochs": 0}
-        if name not in rows:
-            files = {"hh_dir": args.hh_dir, "out": folder}
-            rows[name] = run(files | SHARED | start | options, folder)
-        reference = GPT2.from_pretrained(sft).requires_grad_(False)
-        rows[name] |= describe(folder / "best", reference, pairs, folder)
-        if "sft_epochs" in options:
-            rows[f"{name}: SFT"] = describe(sft, reference, pairs, out)
-        done.write_text(json.dumps(rows, indent=1))
-
-    reference = GPT2.from_pretrained(shared_sft).requires_grad_(False)
-    rows["before SFT"] = describe(Path(args.model), reference, pairs, out)
-    rows["chosen"] = judge.describe([pair.chosen for pair in pairs], [])
-    done.write_text(json.dumps(rows, indent=1))
-    print_table(rows)
+    if args.table:
+        print(tables())
+    elif not args.model:
+        parser.error("expected --model")
+    else:
+        measure(args)
 
 
 if __name__ == "__main__":
