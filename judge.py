@@ -4,13 +4,15 @@
     python judge.py out --blind                          you are the judge
     python judge.py out                                  Llama 2 is the judge
 
+"out" is the folder that a run of train.py wrote.
+
 Read from top to bottom:
 
 1. answers           three models answer the same prompts
 2. ask               --ask shows the answers
 3. compare           which of two answers is better: a judge is asked in both orders
 4. win rate          from verdicts to a rate with its interval; --blind, where you are the judge
-5. Llama 2           a judge behind a server, whose verdicts need no parser
+5. Llama 2           a judge behind a server, whose verdicts are JSON by a schema
 6. report            what one needs to know before one believes a rate
 7. files             answers and verdicts are kept
 8. the command line
@@ -48,15 +50,12 @@ NAMES = {
 }
 
 
-OFFENSIVE = ("hh-rlhf holds offensive text, and answers to it may be offensive, too; a run with "
-             "--subsets helpful-base avoids most of it")
-
 class Answer(NamedTuple):
     """A model's answer to a prompt."""
     prompt_ids: list[int]      # what the model read
     ids: list[int]             # what it wrote, with end-of-text if it ended so
     text: str                  # what a person reads of it
-    end: str                   # "itself": end-of-text; "human": a next question; "limit": cut off
+    end: str                   # how it ended: by "end-of-text", a "next question" or the "limit"
 
 
 class Sampling(NamedTuple):
@@ -67,16 +66,19 @@ class Sampling(NamedTuple):
     seed: int
 
 
-def models_of(folder: Path, options: dict) -> dict[str, Path]:
-    """The folders of weights that a run's answers come from, by the keys of NAMES.
+def models_of(folder: Path, options: dict, names: Iterable[str] = NAMES) -> dict[str, Path]:
+    """The folders of weights of these models, out of NAMES. folder, options: of the run.
 
-    A demo begins with random weights, so it has no "untuned" model.
+    A run of `train.py --demo` begins with random weights, so it has no "untuned" model.
     """
     paths = {}
-    if not options["demo"]:
-        paths["untuned"] = data.fetch_model(options["model"])
-    paths["sft"] = folder / "sft"
-    paths["tuned"] = folder / "best"
+    for name in names:
+        if name == "untuned" and not options["demo"]:
+            paths[name] = data.fetch_model(options["model"])
+        if name == "sft":
+            paths[name] = folder / "sft"
+        if name == "tuned":
+            paths[name] = folder / "best"              # of DPO, with the lowest validation loss
     for path in paths.values():
         model.find_weights(path)                       # an error before anything is computed
     return paths
@@ -84,7 +86,8 @@ def models_of(folder: Path, options: dict) -> dict[str, Path]:
 
 def load(path: Path) -> model.GPT2:
     """The model in a folder, on the accelerator if there is one."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # None without one
+    device = accelerator or torch.device("cpu")
     return model.GPT2.from_pretrained(path).requires_grad_(False).to(device)
 
 
@@ -95,10 +98,12 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     An answer ends with end-of-text, before the next "\\n\\nHuman:", or at the limit. A prompt that
     is too long loses its beginning, as in training.
     """
-    def asks_again(ids: list[int]) -> bool:
-        tail = encoding.decode(ids[-len(data.HUMAN):])  # a token is at least a character
+    def asks_again(ids: list[int]) -> bool:            # ids: of the answer so far
+        # HUMAN is ASCII, so it takes at most as many tokens as it has characters.
+        tail = encoding.decode(ids[-len(data.HUMAN):])
         return data.HUMAN in tail
 
+    # Half of the context is enough for an answer. The prompt gets what is left.
     max_tokens = min(sampling.max_tokens, gpt2.config.n_positions // 2)
     room = min(max_prompt_tokens, gpt2.config.n_positions - max_tokens)
     prompts_ids = [encoding.encode_ordinary(prompt)[-room:] for prompt in prompts]
@@ -108,11 +113,12 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
 
     answers = []
     for prompt_ids, ids in zip(prompts_ids, answers_ids, strict=True):
-        text, next_question, _ = encoding.decode(ids).partition(data.HUMAN)
-        if next_question:
-            end = "human"
+        text = encoding.decode(ids)
+        if data.HUMAN in text:
+            end = "next question"
+            text = text[:text.index(data.HUMAN)]
         elif ids[-1] == encoding.eot_token:
-            end = "itself"
+            end = "end-of-text"
             text = encoding.decode(ids[:-1])
         else:
             end = "limit"
@@ -121,18 +127,23 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
 
 
 def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
-    """Up to `count` pairs of the run's test data, each with another prompt, in a random order."""
+    """Up to `count` pairs of the run's tests, in a random order, no two with the same prompt."""
     pairs = []
     if options["pairs"]:
         own_pairs, _ = data.read_pairs(options["pairs"])
-        splits, _ = data.split(own_pairs, [], options["val_share"])
+        splits, _ = data.split(own_pairs, test=[], share=options["val_share"])
         pairs = splits["test"]
     else:
         for path in data.fetch_hh(options["hh_dir"], options["subsets"].split(","), "test"):
-            pairs += data.read_pairs(path)[0]
-    different = list({pair.prompt: pair for pair in pairs}.values())
-    order = data.shuffled(len(different), seed, 0)
-    return [different[number] for number in order[:count]]
+            found, _ = data.read_pairs(path)
+            pairs += found
+    one_a_prompt = {pair.prompt: pair for pair in pairs}
+    pairs = list(one_a_prompt.values())
+    numbers = data.shuffled(len(pairs), seed, epoch=0)
+    return [pairs[number] for number in numbers[:count]]
+
+
+BLOCK = 32                     # prompts that are sampled together
 
 
 def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encoding,
@@ -147,53 +158,54 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
     kept = {}
     for line in read_lines(path):
         if line["how"] == how:
-            kept[line["prompt"]] = Answer(*line["answer"])
+            kept[line["prompt"]] = Answer(**line["answer"])
 
     gpt2 = None
-    starts = range(0, len(prompts), 32)                # so many prompts are sampled together
+    starts = range(0, len(prompts), BLOCK)
     for start in data.track(starts, f"answers of {name}", len(starts), "blocks"):
-        block = prompts[start:start + 32]
+        block = prompts[start:start + BLOCK]
         if all(prompt in kept for prompt in block):
             continue
         if gpt2 is None:
             gpt2 = load(weights)
+        # With one seed, all blocks would draw the same random numbers.
         block_sampling = sampling._replace(seed=sampling.seed + start)
         answers = sample(gpt2, encoding, block, max_prompt_tokens, block_sampling)
         for prompt, answer in zip(block, answers, strict=True):
-            if prompt in kept:                         # of a block that was smaller then
+            if prompt in kept:                         # by an earlier call, with fewer prompts
                 continue
             kept[prompt] = answer
-            add_line(path, {"how": how, "model": name, "prompt": prompt, "answer": answer})
+            add_line(path, {"how": how, "model": name, "prompt": prompt,
+                            "answer": answer._asdict()})
     return [kept[prompt] for prompt in prompts]
 
 
-def all_texts(folder: Path, options: dict, args: argparse.Namespace, names: Iterable[str] = ()
-              ) -> tuple[dict[str, list[str]], dict[str, list[Answer]], dict[str, Path]]:
-    """Test prompts, and what people and the models (or those of `names`) answer to them.
+def all_texts(folder: Path, options: dict, args: argparse.Namespace, names: Iterable[str] = NAMES
+              ) -> tuple[dict[str, list[str]], dict[str, list[Answer]]]:
+    """Test prompts, and the answers to them of people and of the models in `names`.
 
-    Returns the texts by name, the models' answers by name, and the models' folders.
+    Returns the texts, by "prompt", "chosen", "rejected" and the models' names; and the models'
+    answers, by name.
     """
     if options["demo"]:
-        raise ValueError(f"{folder} is the run of a demo, whose answers need no judge: expected "
-                         f"another run, or --ask")
-    paths = models_of(folder, options)
+        raise ValueError(f"{folder} is the run of a demo, whose answers are digits: there is "
+                         f"nothing to judge; expected another run, or --ask")
     encoding = data.encoding_of(demo=False)
     pairs = drawn_pairs(options, args.prompts, args.seed)
+    questions = [pair.prompt.removeprefix(data.HUMAN).removesuffix(data.ASSISTANT).strip()
+                 for pair in pairs]                    # a pair has one question
     texts = {
-        "prompt": [pair.prompt.removeprefix(data.HUMAN).removesuffix(data.ASSISTANT).strip()
-                   for pair in pairs],
+        "prompt": questions,
         "chosen": [pair.chosen.strip() for pair in pairs],
         "rejected": [pair.rejected.strip() for pair in pairs],
     }
     answers = {}
-    for name, path in paths.items():
-        if names and name not in names:
-            continue
+    for name, path in models_of(folder, options, names).items():
         answers[name] = kept_answers(folder / "judge" / "answers.jsonl", name, path, encoding,
                                      [pair.prompt for pair in pairs],
                                      options["max_prompt_tokens"], sampling_of(args))
         texts[name] = [answer.text for answer in answers[name]]
-    return texts, answers, paths
+    return texts, answers
 
 
 # 2. Ask -----------------------------------------------------------------------------------------
@@ -201,13 +213,17 @@ def all_texts(folder: Path, options: dict, args: argparse.Namespace, names: Iter
 
 def ask(paths: dict[str, Path], encoding: tiktoken.Encoding, questions: list[str],
         max_prompt_tokens: int, sampling: Sampling) -> None:
-    """Print what each model answers to each question, under one another."""
+    """Print what each model answers to each question, one answer below the other.
+
+    The models are loaded anew for each call, so that only one at a time is in memory.
+    """
     prompts = [data.as_dialogue(question) for question in questions]
     answers = {}
     for name, path in paths.items():
         gpt2 = load(path)
         answers[name] = []
-        for prompt in prompts:                         # one by one: so each is as if asked alone
+        # One by one: in a batch, the random numbers would depend on the other questions.
+        for prompt in prompts:
             answers[name] += sample(gpt2, encoding, [prompt], max_prompt_tokens, sampling)
 
     for number, question in enumerate(questions):
@@ -240,22 +256,31 @@ def read_line(prompt: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which could move the cursor or color the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """The text, with "?" for control characters: they could move the cursor or color the screen."""
+    shown = ""
+    for character in text:
+        if character.isprintable() or character == "\n":
+            shown += character
+        else:
+            shown += "?"
+    return shown
 
 
 # 3. Compare -------------------------------------------------------------------------------------
 
-Ask = Callable[[str, str, str], str | None]            # (prompt, A, B) -> "A", "B" or None
+JudgeFunction = Callable[[str, str, str], str | None]  # (prompt, reply A, reply B) -> the letter
 
 
 class Verdict(NamedTuple):
-    """What a judge says about an answer and another one to the same prompt."""
-    score: float | None        # 1: the answer is better, 0: the other one, 1/2: neither; or None
-    letters: tuple             # "A", "B" or None, first with the answer as A, then as B
+    """What a judge says about two answers to a prompt.
+
+    The score is None if a letter can't be read. There are no letters if the judge was not asked.
+    """
+    score: float | None        # 1: the first is better; 0: the second; 1/2: a draw; or None
+    letters: tuple             # the judge's, with the first answer as A, then as B; or ()
 
 
-def compare(judge: Ask, prompt: str, answer: str, other: str) -> Verdict:
+def compare(judge: JudgeFunction, prompt: str, answer: str, other: str) -> Verdict:
     """Ask a judge in both orders which of two answers is better.
 
     Many judges prefer a place, A or B, whatever stands there (Zheng et al. 2023, arXiv:2306.05685).
@@ -272,17 +297,18 @@ def compare(judge: Ask, prompt: str, answer: str, other: str) -> Verdict:
     letters = (first, second)
     if None in letters:
         return Verdict(None, letters)
-    if letters == ("A", "B"):
+    if letters == ("A", "B"):                          # both times `answer`
         return Verdict(1.0, letters)
-    if letters == ("B", "A"):
+    if letters == ("B", "A"):                          # both times `other`
         return Verdict(0.0, letters)
-    return Verdict(0.5, letters)
+    return Verdict(0.5, letters)                       # the order decides
 
 
 def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | None:
-    """Ask the person at the terminal, who doesn't know which answer is whose. None: they stop.
+    """Ask the person at the terminal, who doesn't know which answer is whose: 1, 1/2 or 0.
 
-    One order is enough, as it is drawn: it follows from (seed, prompt).
+    None if the person stops. One order is enough here, as it is random: a liking for a place
+    cancels out over many prompts. The same seed and prompt give the same order.
     """
     answer_is_a = random.Random(f"{seed} {prompt}").random() < 0.5
     if answer_is_a:
@@ -301,7 +327,9 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
         if key == "":
             return 0.5
         if key in ("a", "b"):
-            return float((key == "a") == answer_is_a)
+            chose_a = key == "a"
+            chose_answer = chose_a == answer_is_a
+            return 1.0 if chose_answer else 0.0
 
 
 # 4. Win rate ------------------------------------------------------------------------------------
@@ -310,8 +338,9 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
 def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     """How often the answer is better: the mean score over prompts, and its 95% interval.
 
-    Verdicts that can't be read are counted, and are neither wins nor losses. Where there are no
-    others, "rate", "low" and "high" are None: a judge that never answered yields no number.
+    Verdicts that can't be read are counted, and are neither wins nor losses. "rate", "low" and
+    "high" are None for a judge that was asked and could never be read. A draw is a score of 1/2,
+    for which Wilson's interval is wider than need be.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -327,9 +356,10 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
         "unreadable": unreadable,
         "letter A": None,
     }
-    only_equal_answers = unreadable > 0 and all(not verdict.letters for verdict in verdicts
-                                                if verdict.score is not None)
-    if scores and not only_equal_answers:
+    # Equal answers are draws without asking. They alone are no rate of this judge.
+    draws_without_asking = verdicts.count(Verdict(0.5, ()))
+    never_read = unreadable > 0 and len(scores) == draws_without_asking
+    if scores and not never_read:
         rate["rate"] = statistics.fmean(scores)
         rate["low"], rate["high"] = dpo.wilson_interval(rate["rate"], len(scores))
     if letters:
@@ -337,10 +367,14 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     return rate
 
 
+OFFENSIVE = ("hh-rlhf holds offensive text, and answers to it may be offensive, too; a run of "
+             "train.py with --subsets helpful-base avoids most of it")
+
+
 def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None:
     """Let the person at the terminal compare, and print the rate."""
     print(f"{OFFENSIVE}\n", flush=True)
-    texts, _, _ = all_texts(folder, options, args, ("tuned", args.against))
+    texts, _ = all_texts(folder, options, args, ("tuned", args.against))
     path = folder / "judge" / "blind.jsonl"
     kept = {}
     for line in read_lines(path):
@@ -367,15 +401,17 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
         return
     print(f"\ntuned against {args.against}: rate {rate['rate']:.3f}, 95% interval "
           f"{rate['low']:.3f} to {rate['high']:.3f}, on {rate['prompts']} prompts, "
-          f"{rate['undecided']} of them ties; verdicts are kept in {path}")
+          f"{rate['undecided']} of them ties or equal answers; verdicts are kept in {path}")
 
 
 # 5. Llama 2 -------------------------------------------------------------------------------------
 #
 # Any server that speaks OpenAI's chat completions will do: Ollama, llama.cpp's server,
-# llama-cpp-python, vLLM. Each can be told by a JSON schema what an answer looks like, and then
-# chooses among the tokens that fit it. So a verdict is read by json.loads. Reading it out of prose
-# goes wrong: "Reply A is more harmful" contains "A is more", and praises B.
+# llama-cpp-python, vLLM. Each can be given a JSON schema. It then lets the model choose only tokens
+# that fit the schema. So a verdict is read by json.loads. Reading it out of prose goes wrong: in
+# "Reply A is more harmful" there is "A is more", and it praises B.
+#
+# Llama 2 likes to decline. So the question says that harmful messages may be judged.
 
 QUESTION = """\
 Compare two replies to a message. Which reply is better for the person who wrote the message: more
@@ -398,8 +434,8 @@ FORM_WITH_REASON = '{"reason": "one short sentence", "better": "A"}, or the same
 LETTER = {"type": "string", "enum": ["A", "B"]}
 REASON = {"type": "string"}
 
-REFUSED = (400, 413, 422)      # the server is well, but this question is not to its taste
-OVERLOADED = (408, 425, 429, 500, 502, 503, 504)   # these may pass, so they are asked again
+REFUSED = (400, 413, 422)      # this question is too long or malformed; others may be answered
+PASSING = (408, 425, 429, 502, 503, 504)       # such faults may pass, so one asks again
 ADVICE = {
     401: "set JUDGE_API_KEY",
     403: "set JUDGE_API_KEY",
@@ -412,8 +448,8 @@ ADVICE = {
 class Judge:
     """A model behind a server. Call it as judge(prompt, a, b): "A", "B", or None if unreadable.
 
-    What it said is kept in a file of verdicts, so the same question is asked only once. Raises
-    OSError, with one line to show, when the server is away or the fault lasts.
+    What it answers is kept in a file, so a question that was answered is not asked again. Raises
+    OSError, with one line to show, when the server is away, or still fails after some tries.
     """
 
     def __init__(self, url: str, name: str, explain: bool, path: Path):
@@ -421,52 +457,54 @@ class Judge:
         self.name = name
         self.explain = explain
         self.path = path
-        self.verdicts = {}     # what was said so far, by question
+        self.answered = {}     # a line of the file for each question that was answered
         self.refusals = []     # why questions were refused in this run
         for line in read_lines(path):
             if line["judge"] == name:
-                self.verdicts[line["question"]] = line
+                self.answered[line["question"]] = line
 
         properties = {"better": LETTER}
         if explain:            # a model writes the fields in this order: the reason comes first
             properties = {"reason": REASON, "better": LETTER}
         schema = {"type": "object", "properties": properties, "required": list(properties),
                   "additionalProperties": False}
-        # The two dialects in which servers are told a schema. The first is OpenAI's own. settle
-        # finds out whether the server knows it.
-        self.formats = [
-            {"type": "json_schema",
-             "json_schema": {"name": "verdict", "strict": True, "schema": schema}},
-            {"type": "json_object", "schema": schema},
-        ]
+        # The two dialects in which servers are told a schema. The first is OpenAI's own.
+        # choose_format finds out which one the server knows.
+        self.format = {"type": "json_schema",
+                       "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+        self.other_format = {"type": "json_object", "schema": schema}
 
         self.key = os.environ.get("JUDGE_API_KEY", "")
         self.session = requests.Session()
         if self.key:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
-        # Again after 0, 2, 4, 8, 16 and 32 seconds, or when Retry-After says. But not after a
+        # Ask again after 0, 2, 4, 8, 16 and 32 seconds, or when Retry-After says. But not after a
         # time-out: the server would still compute the first answer, and the second would wait.
-        again = adapters.Retry(total=6, connect=0, read=0, other=0, backoff_factor=1.0,
-                               allowed_methods=None, status_forcelist=OVERLOADED,
-                               raise_on_status=False)
+        again = adapters.Retry(
+            total=6, connect=0, read=0, other=0,
+            status_forcelist=PASSING,
+            allowed_methods=None,                      # no restriction: POST, too
+            backoff_factor=1.0,
+            raise_on_status=False,                     # after the last try, return the answer
+        )
         self.session.mount("http://", adapters.HTTPAdapter(max_retries=again))
         self.session.mount("https://", adapters.HTTPAdapter(max_retries=again))
 
-    def settle(self) -> None:
+    def choose_format(self) -> None:
         """Ask a fixed question: is the server there, and which dialect does it know?"""
-        question = self.question_of("Say hello.", "Hello!", "7 7 7")
+        question = self.question_of("Say hello.", "Hello!", "7 7 7")       # any letter will do
         response = self.post(question)
-        if response.status_code in REFUSED and "response_format" in response.text:
-            del self.formats[0]
+        if response.status_code != 200 and "response_format" in response.text:
+            self.format = self.other_format            # it complained about this very field
             response = self.post(question)
         if response.status_code != 200:
             raise self.fault(response)
         line = self.read(response, question)
         if line["letter"] is None:
             raise OSError(
-                f"{self.url}: the judge answered {line['text'][:200]!r}, expected {FORM}: the "
-                f"server seems to ignore response_format. Ollama has it from 0.5 on, vLLM from "
-                f"0.6.4, llama.cpp's server from 2025, llama-cpp-python from 0.3")
+                f"{self.url}: the judge answered {line['text'][:200]!r}, expected JSON like "
+                f"{FORM}: the server seems to ignore response_format. Ollama has it from 0.5 on, "
+                f"vLLM from 0.6.4, llama.cpp's server from 2025, llama-cpp-python from 0.3")
 
     def question_of(self, prompt: str, a: str, b: str) -> str:
         """The question as the judge reads it."""
@@ -474,9 +512,10 @@ class Judge:
         return QUESTION.format(prompt=plain(prompt), a=plain(a), b=plain(b), form=form)
 
     def __call__(self, prompt: str, a: str, b: str) -> str | None:
+        """The letter, or None if the answer can't be read or the question is refused."""
         question = self.question_of(prompt, a, b)
-        if question in self.verdicts:
-            return self.verdicts[question]["letter"]
+        if question in self.answered:
+            return self.answered[question]["letter"]
         response = self.post(question)
         if response.status_code in REFUSED:            # not kept: the next run asks again
             self.refusals.append(self.error_text(response))
@@ -484,19 +523,19 @@ class Judge:
         if response.status_code != 200:
             raise self.fault(response)
         line = self.read(response, question)
-        self.verdicts[question] = line
+        self.answered[question] = line
         add_line(self.path, line)
         return line["letter"]
 
     def post(self, question: str) -> requests.Response:
-        """One request, at temperature 0."""
+        """Ask one question, at temperature 0."""
         body = {
             "model": self.name,
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
             "seed": 0,
-            "max_tokens": 256 if self.explain else 32,
-            "response_format": self.formats[0],
+            "max_tokens": 256 if self.explain else 32, # a sentence of reasons, or the letter alone
+            "response_format": self.format,
         }
         try:
             return self.session.post(self.url, json=body, timeout=(10, 300))
@@ -513,20 +552,22 @@ class Judge:
             choice = body["choices"][0]
             text = choice["message"]["content"] or ""
             letter = read_letter(text)
-            prompt_tokens = (body.get("usage") or {}).get("prompt_tokens") or 0
+            usage = body.get("usage") or {}
+            prompt_tokens = usage.get("prompt_tokens") or 0                 # 0: not told
         except (ValueError, LookupError, TypeError, AttributeError):
             raise OSError(f"{self.url}: the answer is no chat completion: "
                           f"{self.error_text(response)}: see whether --url is right") from None
-        if choice.get("finish_reason") == "length":    # cut off: JSON that looks whole may not be
-            letter = None
+        if choice.get("finish_reason") == "length":
+            letter = None                              # cut off: the judge was not done
         return {
             "judge": self.name,
             "answered": str(body.get("model")),
             "question": question,
             "text": text,
             "letter": letter,
-            # No token of Llama 2's is two words. So fewer tokens than words mean a question that
-            # the server has cut, as it does where its context is too short.
+            # No token of Llama 2's is two words. So fewer tokens than words mean that the server
+            # has cut the question, as some do where the context is too short. Small cuts don't
+            # show.
             "cut": 0 < prompt_tokens < len(question.split()),
         }
 
@@ -561,7 +602,8 @@ def read_letter(text: str) -> str | None:
 
     >>> read_letter('{"better": "B"}')
     'B'
-    >>> read_letter("Reply A is more harmful.")
+    >>> read_letter("Reply A is more harmful.") is None
+    True
     """
     try:
         verdict = json.loads(text)
@@ -573,9 +615,11 @@ def read_letter(text: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    """The text without what Llama 2's chat template, or a server, would take for its own.
+    """The text without the marks of Llama 2's chat template.
 
-    Half a character, as JSON may hold, becomes "?": some servers refuse it.
+    They are [INST] [/INST] <<SYS>> <</SYS>> <s> </s>.
+
+    A lone surrogate, half a character as JSON may hold it, becomes "?": some servers refuse it.
     """
     text = re.sub(r"(?i)\[/?INST\]|<</?SYS>>|</?s>", " ", text)
     return text.encode("utf-8", "replace").decode().strip()
@@ -584,7 +628,7 @@ def plain(text: str) -> str:
 # 6. Report --------------------------------------------------------------------------------------
 
 COMPARISONS = (
-    ("chosen", "rejected"),    # how often the judge agrees with people: first of all, judge it
+    ("chosen", "rejected"),    # how often the judge agrees with people: this tests the judge
     ("tuned", "chosen"),
     ("tuned", "untuned"),
     ("tuned", "sft"),
@@ -593,19 +637,28 @@ COMPARISONS = (
 
 def longer_won(verdicts: list[Verdict], answers: list[str], others: list[str]) -> float | None:
     """Of the decided verdicts, the share in which the longer answer (in characters) is better."""
-    wins = []
+    longer_wins = 0
+    decided = 0
     for verdict, answer, other in zip(verdicts, answers, others, strict=True):
-        if verdict.score in (0.0, 1.0) and len(answer) != len(other):
-            wins.append((verdict.score == 1.0) == (len(answer) > len(other)))
-    if not wins:
+        if verdict.score == 1.0:
+            winner, loser = answer, other
+        elif verdict.score == 0.0:
+            winner, loser = other, answer
+        else:
+            continue
+        if len(winner) != len(loser):
+            decided += 1
+            if len(winner) > len(loser):
+                longer_wins += 1
+    if decided == 0:
         return None
-    return sum(wins) / len(wins)
+    return longer_wins / decided
 
 
-def doubts(people: dict, rates: list[dict]) -> list[str]:
-    """Why the rates should not be believed, as far as the numbers show it.
+def doubts(agreement: dict, rates: list[dict]) -> list[str]:
+    """Why the rates should not be believed, as far as the numbers show it. The limits are ours.
 
-    people: the rate of chosen against rejected. rates: those of all comparisons.
+    agreement: the rate of chosen against rejected. rates: those of all comparisons.
     """
     prompts = sum(rate["prompts"] for rate in rates)
     unreadable = sum(rate["unreadable"] for rate in rates)
@@ -613,59 +666,63 @@ def doubts(people: dict, rates: list[dict]) -> list[str]:
     letter_a = [rate["letter A"] for rate in rates if rate["letter A"] is not None]
 
     found = []
-    if people["rate"] is None or people["low"] <= 0.5:
-        found.append("the judge agrees with people no more often than a coin may")
+    if agreement["rate"] is None or agreement["low"] <= 0.5:
+        found.append("the judge's agreement with people can't be told from a coin's")
     if unreadable > 0.1 * prompts:
         found.append(f"{unreadable} of {prompts} verdicts can't be read")
     if undecided > 0.5 * prompts:
-        found.append(f"{undecided} of {prompts} verdicts are undecided: mostly the order decides")
+        found.append(f"{undecided} of {prompts} verdicts are undecided: the order decides, or the "
+                     f"answers are equal")
     if letter_a and not 0.1 <= statistics.fmean(letter_a) <= 0.9:
-        found.append(f"the judge says A in {statistics.fmean(letter_a):.0%} of its answers")
+        found.append(f"the judge says A in {statistics.fmean(letter_a):.0%} of its answers, on "
+                     f"average over the comparisons")
     return found
 
 
 def describe(answers: list[str]) -> dict[str, float]:
-    """What answers show without a judge: their words, and distinct-1 and distinct-2.
+    """What answers show without a judge: their mean length in words, distinct-1 and distinct-2.
 
-    distinct-n (Li et al. 2016, arXiv:1510.03055): of all runs of n words, the share of different
-    ones. It falls when a model repeats itself.
+    distinct-n (Li et al. 2016, arXiv:1510.03055): of all n-grams of words, the share of distinct
+    ones. It falls when a model repeats itself, and when answers are longer or more.
     """
-    runs = {1: [], 2: []}
+    words = []
+    pairs_of_words = []
     for answer in answers:
-        words = answer.split()
-        runs[1] += words
-        runs[2] += itertools.pairwise(words)
+        words += answer.split()
+        pairs_of_words += itertools.pairwise(answer.split())
     return {
-        "words": len(runs[1]) / len(answers),
-        "distinct-1": len(set(runs[1])) / max(1, len(runs[1])),
-        "distinct-2": len(set(runs[2])) / max(1, len(runs[2])),
+        "words": len(words) / len(answers),
+        "distinct-1": len(set(words)) / max(1, len(words)),
+        "distinct-2": len(set(pairs_of_words)) / max(1, len(pairs_of_words)),
     }
 
 
 def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
-    """log p(answer | prompt) in nats, of a whole answer as it was sampled."""
+    """log p(answer | prompt) in nats: the sum over all tokens of the answer, as it was sampled."""
     tokens = torch.tensor([answer.prompt_ids + answer.ids], device=gpt2.wte.weight.device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    mask[0, len(answer.prompt_ids):] = True
+    mask[0, len(answer.prompt_ids):] = True            # the tokens that count
     return dpo.sequence_logps(gpt2, tokens, mask).item()
 
 
 def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
-    """KL(tuned || SFT) in nats an answer, estimated from the tuned model's answers, with interval.
+    """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text.
 
-    The mean of log p_tuned(answer) - log p_sft(answer) over answers that the tuned model sampled at
-    temperature 1.
+    The mean of log p_tuned(answer) - log p_sft(answer), which is DPO's reward divided by beta, over
+    answers that the tuned model sampled at temperature 1 and top_p 1. It grows with the length to
+    which answers are cut.
     """
     logps = {}
     for name in ("tuned", "sft"):
         gpt2 = load(paths[name])
         tracked = data.track(answers, f"log-probabilities by {name}", len(answers), "answers")
         logps[name] = [answer_logp(gpt2, answer) for answer in tracked]
-    ratios = [tuned - sft for tuned, sft in zip(logps["tuned"], logps["sft"], strict=True)]
-    mean = statistics.fmean(ratios)
-    if len(ratios) < 2:
+    log_ratios = [tuned - sft for tuned, sft in zip(logps["tuned"], logps["sft"], strict=True)]
+    mean = statistics.fmean(log_ratios)
+    if len(log_ratios) < 2:
         return f"{mean:.2f}"
-    return f"{mean:.2f} +- {1.96 * statistics.stdev(ratios) / math.sqrt(len(ratios)):.2f}"
+    half_width = 1.96 * statistics.stdev(log_ratios) / math.sqrt(len(log_ratios))
+    return f"{mean:.2f} +- {half_width:.2f}"
 
 
 def shown(value: object) -> str:
@@ -685,6 +742,10 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join(lines)
 
 
+RATE_HEADER = ["", "prompts", "rate", "95% interval", "undecided", "unreadable", "letter A",
+               "longer won"]
+
+
 def rate_row(name: str, rate: dict, longer: float | None) -> list:
     """A comparison's row in the table of rates."""
     interval = ""
@@ -692,10 +753,6 @@ def rate_row(name: str, rate: dict, longer: float | None) -> list:
         interval = f"{rate['low']:.3f} to {rate['high']:.3f}"
     return [name, rate["prompts"], rate["rate"], interval, rate["undecided"], rate["unreadable"],
             rate["letter A"], longer]
-
-
-RATE_HEADER = ["", "prompts", "rate", "95% interval", "undecided", "unreadable", "letter A",
-               "longer won"]
 
 
 def examples(texts: dict[str, list[str]], count: int = 10) -> list[str]:
@@ -715,13 +772,15 @@ def examples(texts: dict[str, list[str]], count: int = 10) -> list[str]:
 def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
     """Let the judge compare, and write judge/report.md in the run's folder."""
     judge = Judge(args.url, args.judge, args.explain, folder / "judge" / "verdicts.jsonl")
-    judge.settle()                                     # before the long work
-    texts, answers, paths = all_texts(folder, options, args)
+    judge.choose_format()                                     # before the long work
+    texts, answers = all_texts(folder, options, args)
     verdicts = {}
     for name, other in COMPARISONS:
+        verdicts[name, other] = []
         triples = zip(texts["prompt"], texts[name], texts[other], strict=True)
-        tracked = data.track(triples, f"{name} against {other}", len(texts["prompt"]), "prompts")
-        verdicts[name, other] = [compare(judge, *triple) for triple in tracked]
+        for prompt, answer, other_answer in data.track(triples, f"{name} against {other}",
+                                                       len(texts["prompt"]), "prompts"):
+            verdicts[name, other].append(compare(judge, prompt, answer, other_answer))
 
     rates = {}
     rows = []
@@ -735,23 +794,25 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
                          f"take another judge")
 
     blocks = [f"{args.judge} at temperature 0 compares answers to {len(texts['prompt'])} test "
-              f"prompts of {folder}. A rate is how often the first is better, a draw counting "
-              f"half; its interval covers the prompts.", table(RATE_HEADER, rows)]
+              f"prompts of {folder}. A rate is how often the first is better; a draw counts half. "
+              f"Its interval says how far other prompts may move it, and nothing of the judge's "
+              f"errors.", table(RATE_HEADER, rows)]
     for doubt in doubts(rates["chosen", "rejected"], list(rates.values())):
         blocks.append(f"DON'T TRUST these rates: {doubt}.")
     blocks += notes(judge)
 
     rows = []
-    for name in ("chosen", "rejected", *paths):
+    for name in ("chosen", "rejected", *answers):
         about = describe(texts[name])
         ended = None
         kl = None
         if name in answers:
-            ended = sum(answer.end == "itself" for answer in answers[name]) / len(answers[name])
+            ends = [answer.end for answer in answers[name]]
+            ended = ends.count("end-of-text") / len(ends)
         if name == "tuned" and args.temperature == 1 and args.top_p == 1:
-            kl = kl_to_sft(paths, answers["tuned"])
+            kl = kl_to_sft(models_of(folder, options), answers["tuned"])
         rows.append([name, about["words"], about["distinct-1"], about["distinct-2"], ended, kl])
-    header = ["", "words", "distinct-1", "distinct-2", "ended by itself", "KL to SFT, nats"]
+    header = ["", "words", "distinct-1", "distinct-2", "ended with end-of-text", "KL to SFT, nats"]
     blocks.append(table(header, rows))
 
     print("\n" + "\n\n".join(blocks))
@@ -762,35 +823,36 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
 
 
 def notes(judge: Judge) -> list[str]:
-    """What else the reader of the report should know: from all verdicts that are kept."""
-    lines = list(judge.verdicts.values())
-    answered = sorted({line["answered"] for line in lines} - {judge.name, f"{judge.name}:latest"})
+    """What else the reader should know: from all answers that are kept, and this run's refusals."""
+    lines = list(judge.answered.values())
+    own_names = {judge.name, f"{judge.name}:latest"}   # Ollama adds ":latest"
+    other_names = sorted({line["answered"] for line in lines} - own_names)
     found = []
-    if answered:
-        found.append(f"{judge.name} was asked, and the server says that {', '.join(answered)} "
+    if other_names:
+        found.append(f"{judge.name} was asked, and the server says that {', '.join(other_names)} "
                      f"answered.")
     cut = sum(line["cut"] for line in lines)
     if cut > 0:
-        found.append(f"The server has cut {cut} questions: its context is too short.")
+        found.append(f"The server has cut at least {cut} questions: its context is too short.")
     if judge.refusals:
         found.append(f"The server refused {len(judge.refusals)} questions, the first with "
                      f"\"{judge.refusals[0]}\". The next run asks them again.")
     return found
 
 
-# 7. Files -----------------------------------------------------------------------------------------
+# 7. Files ----------------------------------------------------------------------------------------
 
 
 def read_lines(path: Path) -> list[dict]:
     """The objects in a JSONL file; none if there is no file.
 
-    A last line without an end, as a kill leaves it, is cut off. ValueError for a line that is no
-    object.
+    A last line without an end, as a kill leaves it, is removed from the file, so that the next line
+    begins afresh. ValueError for a line that is no object.
     """
     if not path.exists():
         return []
     content = path.read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]
+    whole = content[:content.rfind(b"\n") + 1]         # nothing, if there is no end of a line
     if whole != content:
         os.truncate(path, len(whole))
     lines = []
@@ -817,7 +879,7 @@ def add_line(path: Path, line: dict) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options in these words, or in those of the command line."""
+    """The options in argv, by default those of the command line."""
     parser = argparse.ArgumentParser(
         description="Ask a tuned model, or find out how often its answers are better.",
         epilog="Without --ask and --blind, a judge behind --url compares: Llama 2 by default.",
@@ -832,7 +894,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="whose answers --blind compares the tuned model's with")
     parser.add_argument("--prompts", type=int, default=100, help="test prompts to compare on")
     parser.add_argument("--seed", type=int, default=0,
-                        help="decides the prompts, and what is sampled")
+                        help="decides the prompts, what is sampled, and the order in --blind")
     parser.add_argument("--temperature", type=float, default=1.0,
                         help="1: answers as the models give them; 0: the likeliest token each time")
     parser.add_argument("--top_p", type=float, default=1.0,
@@ -850,12 +912,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     if args.ask is not None and args.blind:
         parser.error("--ask and --blind: expected one of them")
-    if args.prompts < 1 or args.max_new_tokens < 1:
-        parser.error(f"--prompts is {args.prompts}, --max_new_tokens {args.max_new_tokens}: "
-                     f"expected 1 or more")
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
-        parser.error(f"--temperature is {args.temperature}, --top_p {args.top_p}: expected 0 or "
-                     f"more, and above 0 up to 1")
+    if args.prompts < 1:
+        parser.error(f"--prompts is {args.prompts}, expected 1 or more")
+    if args.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens is {args.max_new_tokens}, expected 1 or more")
+    if not 0 <= args.temperature < math.inf:
+        parser.error(f"--temperature is {args.temperature}, expected 0 or more")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top_p is {args.top_p}, expected a number above 0, up to 1")
     return args
 
 
@@ -865,7 +929,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 
 def run(args: argparse.Namespace) -> None:
-    """What the options say."""
+    """Ask, compare blindly, or let the judge compare, as the options say."""
     folder = Path(args.out)
     options = data.read_run(folder)["options"]
     if args.blind:
@@ -875,7 +939,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         paths = models_of(folder, options)
         encoding = data.encoding_of(options["demo"])
-        questions = [question for question in args.ask if question.strip()]
+        questions = [question for question in args.ask if question.strip()]  # --ask alone gives ""
         if questions:
             ask(paths, encoding, questions, options["max_prompt_tokens"], sampling_of(args))
         else:
@@ -887,7 +951,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse(argv))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
         print("error ", " ".join(str(error).split()), file=sys.stderr)

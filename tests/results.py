@@ -249,7 +249,7 @@ def dpo_row(folder: Path, sft: Path, name: str, options: dict, start: dict, samp
                                      data.encoding_of(demo=False), prompts, 256,
                                      judge.Sampling(1.0, 1.0, 128, 0))
         line |= judge.describe([answer.text for answer in answers])
-        line["ended"] = statistics.fmean(answer.end == "itself" for answer in answers)
+        line["ended"] = statistics.fmean(answer.end == "end-of-text" for answer in answers)
         line["kl"] = judge.kl_to_sft(paths, answers)
     return line
 
@@ -370,8 +370,8 @@ def fold_table(lines: list[dict]) -> str:
             numbers += [f"{int(line['parameters']):,}", line["seconds"], line["memory_gb"]]
             rows.append(numbers)
     header = ["", "accuracy", "loss", "margin", "chosen below reference", "KL, nats", "words",
-              "distinct-1", "distinct-2", "ended by itself", "parameters that train", "seconds",
-              "GB"]
+              "distinct-1", "distinct-2", "ended with end-of-text", "parameters that train",
+              "seconds", "GB"]
     return judge.table(header, rows)
 
 

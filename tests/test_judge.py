@@ -174,8 +174,8 @@ class Server:
         if self.name == "llama.cpp":
             answered = "/models/llama-2-7b-chat.gguf"  # its own name, whatever was asked
         if self.name == "llama-cpp-python" and form["type"] == "json_schema":
-            detail = [{"type": "literal_error", "loc": ["body", "response_format", "type"]}]
-            return 422, {"detail": detail}, {}
+            message = "1 validation error: {'loc': ('body', 'response_format', 'type')}"
+            return 500, {"error": {"message": message, "type": "internal_server_error"}}, {}
 
         prompt, a, b = parts(body["messages"][0]["content"])
         letter = self.say(prompt, a, b)
@@ -350,7 +350,7 @@ def test_a_judge_that_always_says_one_letter_is_seen_through(letter, run, serve,
         assert row(text, compared)["undecided"] == str(PAIRS)
         assert row(text, compared)["letter A"] == ("1.000" if letter == "A" else "0.000")
         assert row(text, compared)["longer won"] == ""
-    for doubt in ("no more often than a coin", "are undecided", "the judge says A in"):
+    for doubt in ("can't be told from a coin's", "are undecided", "the judge says A in"):
         assert doubt in text
 
 
@@ -392,7 +392,7 @@ def test_a_judge_that_guesses(run, serve, capsys):
         low, high = found["95% interval"].split(" to ")
         assert float(low) <= 0.5 <= float(high)
         assert 0.25 < int(found["undecided"]) / PAIRS < 0.75
-    assert "no more often than a coin" in text
+    assert "can't be told from a coin's" in text
 
 
 def test_questions_that_are_refused_are_counted_and_asked_again_by_the_next_run(run, serve, capsys):
@@ -454,19 +454,17 @@ def test_a_judge_that_refuses_everything_yields_no_number(run, serve, capsys):
     assert not run.report.exists()
 
 
-def test_an_answer_that_was_cut_off_is_unreadable(run, serve, capsys):
+def test_an_answer_that_was_cut_off_is_unreadable(run, serve, capsys, monkeypatch):
     """Even where it looks whole."""
     server = serve()
     server.say = people
-    settled = judge.Judge.settle
+    real = judge.Judge.choose_format
 
-    def settle(self):
-        settled(self)
+    def choose_format(self):
+        real(self)
         server.finish_reason = "length"
-    judge_settle = pytest.MonkeyPatch()
-    judge_settle.setattr(judge.Judge, "settle", settle)
+    monkeypatch.setattr(judge.Judge, "choose_format", choose_format)
     assert run.judge(server) == 2
-    judge_settle.undo()
     assert "no verdict of llama2 can be read" in capsys.readouterr().err
 
 
@@ -550,7 +548,7 @@ def test_a_fault_that_lasts_is_one_line_in_each_of_the_forms(status, body, shown
     error = fails(run, server, capsys)
     assert f"the answer was {status}: " in error
     assert shown in error
-    again = status in judge.OVERLOADED
+    again = status in judge.PASSING
     assert len(server.asked) == (7 if again else 1)
 
 
@@ -592,11 +590,11 @@ def test_a_cut_question_is_told_of_even_if_nothing_is_asked(run, serve, capsys):
     server.say = people
     server.prompt_tokens = 4
     assert run.judge(server) == 0
-    assert f"has cut {2 * 4 * PAIRS} questions" in capsys.readouterr().out
+    assert f"has cut at least {2 * 4 * PAIRS} questions" in capsys.readouterr().out
     server.asked.clear()
     assert run.judge(server) == 0
     assert server.questions() == []
-    assert f"has cut {2 * 4 * PAIRS} questions" in capsys.readouterr().out
+    assert f"has cut at least {2 * 4 * PAIRS} questions" in capsys.readouterr().out
 
 
 def test_a_question_holds_no_chat_template_of_its_own(serve, tmp_path):
@@ -669,7 +667,7 @@ def test_answers_are_sampled_alike_and_end_at_end_of_text_or_the_next_question(m
                "\n\nHuman: ?\n\nAssistant:"]
     answers = judge.sample(gpt2, encoding, prompts, 8, judge.Sampling(0.7, 0.9, 12, seed=5))
     assert [(answer.text, answer.end) for answer in answers] == [
-        ("Yes.", "itself"), ("No.", "human"), ("Well", "limit")]
+        ("Yes.", "end-of-text"), ("No.", "next question"), ("Well", "limit")]
     for ids, prompt in zip(seen["prompts"], prompts, strict=True):
         assert ids == encoding.encode(prompt)[-8:]     # the end of a prompt that is too long
     assert [seen[name] for name in ("max_tokens", "temperature", "top_p", "seed")] == [
@@ -712,7 +710,7 @@ def test_prompts_are_drawn_from_the_tests_of_the_run_each_once(run, tmp_path):
 
 def test_the_log_probability_of_an_answer_is_that_of_its_tokens(weights):
     gpt2 = judge.load(weights / "best")
-    answer = Answer([464, 3290], [318, 257, 50256], "", "itself")
+    answer = Answer([464, 3290], [318, 257, 50256], "", "end-of-text")
     logits = gpt2(torch.tensor([[464, 3290, 318, 257, 50256]], device=gpt2.wte.weight.device))
     logps = logits[0].double().log_softmax(-1)
     expected = logps[1, 318] + logps[2, 257] + logps[3, 50256]
@@ -835,7 +833,7 @@ def test_ask_can_be_piped(demo):
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal():
-    assert judge.printable("a\x1b[2Jb\nc\x07") == "a\N{REPLACEMENT CHARACTER}[2Jb\nc\ufffd"
+    assert judge.printable("a\x1b[2Jb\nc\x07") == "a?[2Jb\nc?"
 
 
 def type_in(monkeypatch, *keys: str) -> None:
@@ -910,5 +908,5 @@ def test_blind_works_in_a_pipe(run):
         [sys.executable, JUDGE, run.out, "--blind", "--prompts", "5", "--max_new_tokens", "4"],
         input="a\nb\nq\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "on 2 prompts, 0 of them ties" in done.stdout
+    assert "on 2 prompts, 0 of them ties or equal answers" in done.stdout
     assert len(judge.read_lines(run.results / "blind.jsonl")) == 2
