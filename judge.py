@@ -187,9 +187,6 @@ def all_texts(folder: Path, options: dict, args: argparse.Namespace, names: Iter
     Returns the texts, by "prompt", "chosen", "rejected" and the models' names; and the models'
     answers, by name.
     """
-    if options["demo"]:
-        raise ValueError(f"{folder} is the run of a demo, whose answers are digits: there is "
-                         f"nothing to judge; expected another run, or --ask")
     encoding = data.encoding_of(demo=False)
     pairs = drawn_pairs(options, args.prompts, args.seed)
     questions = [pair.prompt.removeprefix(data.HUMAN).removesuffix(data.ASSISTANT).strip()
@@ -932,6 +929,9 @@ def run(args: argparse.Namespace) -> None:
     """Ask, compare blindly, or let the judge compare, as the options say."""
     folder = Path(args.out)
     options = data.read_run(folder)["options"]
+    if options["demo"] and args.ask is None:
+        raise ValueError(f"{folder} is the run of a demo, whose answers are digits: there is "
+                         f"nothing to judge; expected another run, or --ask")
     if args.blind:
         judge_blindly(folder, options, args)
     elif args.ask is None:

@@ -634,7 +634,10 @@ def test_a_folder_without_a_run_or_without_weights_is_one_line(run, serve, capsy
 
 def test_a_demo_needs_no_judge(run, serve, capsys):
     run.write_config(demo=True)
-    assert "the run of a demo" in fails(run, serve(), capsys)
+    server = serve()
+    for words in ([], ["--blind"]):
+        assert "the run of a demo" in fails(run, server, capsys, *words)
+    assert server.asked == []
 
 
 def test_a_damaged_line_is_named(run, serve, capsys):
