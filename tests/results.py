@@ -2,14 +2,16 @@
 
 Trains with train.py and appends what came out to results/runs.csv, a line for each run. Lines that
 are there are not made again, so a stopped call goes on. `--table` prints the tables of
-results/README.md from that file.
+results/README.md from that file. `--grid` compares rates and epochs by their validation losses in
+the training part of fold 0, and appends to results/grid.csv.
 
 Read from top to bottom:
 
 1. the pool     the pairs, without those that the stand-in model may know; five folds
 2. baselines    what ranks answers without DPO
 3. runs         the rows of the tables, and one run of train.py
-4. the tables   from runs.csv alone
+4. the grid     which rates and epochs learn, by validation loss
+5. the tables   from runs.csv alone
 """
 
 import argparse
@@ -203,20 +205,32 @@ def train_once(options: dict) -> dict:
     assert status == 0, f"train.py ended with {status}"
 
     out = Path(options["out"])
-    lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
-    test = lines[-1]
+    test = lines_of(out)[-1]
     assert test["event"] == "test"
     dtype = json.loads((out / "config.json").read_text())["options"]["dtype"]
-    named = {name: Path(str(value)).name if name in ("model", "hh_dir", "out") else value
-             for name, value in options.items()}       # folders of this machine tell nothing
     return {
-        "command": "train.py " + " ".join(f"--{name} {value}" for name, value in named.items()),
+        "command": command_of(options),
         "seconds": round(time.perf_counter() - started, 1),
         "memory_gb": round(usage.ru_maxrss / 2**20, 2),
         "dtype": dtype,
         "best_step": test["step"],
         **{name: test[name] for name in METRICS},
     }
+
+
+def command_of(options: dict) -> str:
+    """The command, with only the last parts of folders: the others are of this machine."""
+    words = ["train.py"]
+    for name, value in options.items():
+        if name in ("model", "hh_dir", "out"):
+            value = Path(value).name
+        words += [f"--{name}", str(value)]
+    return " ".join(words)
+
+
+def lines_of(out: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def trained_parameters(sft: Path, options: dict) -> int:
@@ -254,18 +268,18 @@ def dpo_row(folder: Path, sft: Path, name: str, options: dict, start: dict, samp
     return line
 
 
-def read_csv() -> list[dict]:
-    if not CSV.exists():
+def read_csv(path: Path) -> list[dict]:
+    if not path.exists():
         return []
-    with open(CSV, newline="") as file:
+    with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
-def append_csv(line: dict) -> None:
-    CSV.parent.mkdir(exist_ok=True)
-    is_new = not CSV.exists()
-    with open(CSV, "a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+def append_csv(path: Path, names: tuple[str, ...], line: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, names)
         if is_new:
             writer.writeheader()
         writer.writerow(line)
@@ -280,7 +294,7 @@ def measure(args: argparse.Namespace) -> None:
         folder = Path(args.out) / f"fold{fold}"
         write_fold(pool, fold, folder / "hh")
         pairs, kinds = pairs_of_fold(folder / "hh", "test")
-        done = {line["row"] for line in read_csv()
+        done = {line["row"] for line in read_csv(CSV)
                 if line["fold"] == str(fold) and line["commit"] == shared["commit"]}
         sft = folder / re.sub(r"\W+", "_", ADAPTERS) / "sft"
         rows = dict(ROWS)
@@ -294,13 +308,64 @@ def measure(args: argparse.Namespace) -> None:
             if name != ADAPTERS:
                 start = {"model": sft, "sft_epochs": 0}
             line = dpo_row(folder, sft, name, options, start, fold == 0, pairs, reference)
-            append_csv(shared | {"fold": fold} | line)
+            append_csv(CSV, FIELDS, shared | {"fold": fold} | line)
         if "the longer answer" not in done and sft.exists():
             for line in baselines(sft, pairs, kinds):
-                append_csv(shared | {"fold": fold} | line)
+                append_csv(CSV, FIELDS, shared | {"fold": fold} | line)
 
 
-# 4. The tables ----------------------------------------------------------------------------------
+# 4. The grid ------------------------------------------------------------------------------------
+
+GRID_CSV = ROOT / "results" / "grid.csv"
+GRID_FIELDS = ("adapter", "lr", "epochs", "updates", "start_loss", "best_loss", "best_step",
+               "last_loss", "last_accuracy", "pairs", "commit", "machine", "dtype", "command",
+               "seconds")
+GRID = [                       # in the order in which they are run
+    {"adapter": "parallel", "lr": 1e-3, "epochs": 1},
+    {"adapter": "none", "lr": 2e-5, "epochs": 1},
+    {"adapter": "parallel", "lr": 3e-3, "epochs": 1},
+    {"adapter": "none", "lr": 5e-5, "epochs": 1},
+    {"adapter": "parallel", "lr": 3e-4, "epochs": 1},
+    {"adapter": "none", "lr": 5e-6, "epochs": 1},
+    {"adapter": "parallel", "lr": 1e-3, "epochs": 3},
+    {"adapter": "none", "lr": 2e-5, "epochs": 3},
+    {"adapter": "parallel", "lr": 3e-3, "epochs": 3},
+    {"adapter": "none", "lr": 5e-5, "epochs": 3},
+    {"adapter": "parallel", "lr": 3e-4, "epochs": 3},
+    {"adapter": "none", "lr": 5e-6, "epochs": 3},
+]
+
+
+def try_grid(args: argparse.Namespace) -> None:
+    """All runs that grid.csv lacks. Only their validation losses count; no test is looked at."""
+    conftest.offline_vocabulary()
+    folder = Path(args.out) / "grid"
+    write_fold(clean_pool(Path(args.hh_dir)), 0, folder / "hh")
+    common = {"commit": training_commit(), "machine": machine()}
+    done = {(line["command"], line["commit"]) for line in read_csv(GRID_CSV)}
+    sft = None
+    for options in GRID:
+        out = folder / "_".join(str(value) for value in options.values())
+        start = {"model": args.model, "sft_epochs": 1}
+        if sft is not None:
+            start = {"model": sft, "sft_epochs": 0}
+        sft = sft or out / "sft"
+        whole = {"hh_dir": folder / "hh", "subsets": ",".join(SUBSETS), "out": out,
+                 "val_share": 0.1, "patience": 99} | start | options
+        if (command_of(whole), common["commit"]) in done:
+            continue
+        run = train_once(whole)
+        vals = [line for line in lines_of(out) if (line["event"], line["stage"]) == ("val", "dpo")]
+        audit = json.loads((out / "config.json").read_text())["audit"]
+        best = min(vals, key=lambda line: line["loss"])
+        append_csv(GRID_CSV, GRID_FIELDS, common | options | {
+            "updates": vals[-1]["step"], "start_loss": vals[0]["loss"],
+            "best_loss": best["loss"], "best_step": best["step"], "last_loss": vals[-1]["loss"],
+            "last_accuracy": vals[-1]["rewards/accuracies"], "pairs": audit["val"]["kept"],
+            "dtype": run["dtype"], "command": run["command"], "seconds": run["seconds"]})
+
+
+# 5. The tables ----------------------------------------------------------------------------------
 
 BASELINES = ("the longer answer", "SFT, summed", "SFT, per token")
 
@@ -377,7 +442,7 @@ def fold_table(lines: list[dict]) -> str:
 
 def tables() -> str:
     """The tables of results/README.md, of the newest commit in runs.csv."""
-    lines = read_csv()
+    lines = read_csv(CSV)
     newest = lines[-1]["commit"]
     lines = [line for line in lines if line["commit"] == newest]
     machines = sorted({f"{line['machine']}, {line['dtype']}" for line in lines if line["dtype"]})
@@ -391,12 +456,15 @@ def main() -> None:
     parser.add_argument("--hh_dir", default="hh-rlhf", help="a folder that holds all subsets")
     parser.add_argument("--out", default="out/results", help="a folder for the runs")
     parser.add_argument("--only", default="", help="rows whose names match this expression")
+    parser.add_argument("--grid", action="store_true", help="compare rates and epochs instead")
     parser.add_argument("--table", action="store_true", help="print the tables, and stop")
     args = parser.parse_args()
     if args.table:
         print(tables())
     elif not args.model:
         parser.error("expected --model")
+    elif args.grid:
+        try_grid(args)
     else:
         measure(args)
 
