@@ -6,9 +6,9 @@
 
 "out" is the folder that a run of train.py wrote.
 
-Read from top to bottom:
+DPO itself is in dpo.py and train.py. Here one looks at what came of it. Read from top to bottom:
 
-1. answers           three models answer the same prompts
+1. answers           the untuned model, the SFT model and the tuned model answer the same prompts
 2. ask               --ask shows the answers
 3. compare           which of two answers is better: a judge is asked in both orders
 4. win rate          from verdicts to a rate with its interval; --blind, where you are the judge
@@ -55,7 +55,7 @@ class Answer(NamedTuple):
     prompt_ids: list[int]      # what the model read
     ids: list[int]             # what it wrote, with end-of-text if it ended so
     text: str                  # what a person reads of it
-    end: str                   # how it ended: by "end-of-text", a "next question" or the "limit"
+    end: str                   # "end-of-text", "next question" or "limit": how it ended
 
 
 class Sampling(NamedTuple):
@@ -67,7 +67,7 @@ class Sampling(NamedTuple):
 
 
 def models_of(folder: Path, options: dict, names: Iterable[str] = NAMES) -> dict[str, Path]:
-    """The folders of weights of these models, out of NAMES. folder, options: of the run.
+    """Where the weights of the models in `names` are. folder, options: those of the run.
 
     A run of `train.py --demo` begins with random weights, so it has no "untuned" model.
     """
@@ -99,11 +99,11 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     is too long loses its beginning, as in training.
     """
     def asks_again(ids: list[int]) -> bool:            # ids: of the answer so far
-        # HUMAN is ASCII, so it takes at most as many tokens as it has characters.
+        # The last tokens are enough: HUMAN has at most as many tokens as characters.
         tail = encoding.decode(ids[-len(data.HUMAN):])
         return data.HUMAN in tail
 
-    # Half of the context is enough for an answer. The prompt gets what is left.
+    # An answer gets at most half of the context, and the prompt at most what is left.
     max_tokens = min(sampling.max_tokens, gpt2.config.n_positions // 2)
     room = min(max_prompt_tokens, gpt2.config.n_positions - max_tokens)
     prompts_ids = [encoding.encode_ordinary(prompt)[-room:] for prompt in prompts]
@@ -127,9 +127,13 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
 
 
 def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
-    """Up to `count` pairs of the run's tests, in a random order, no two with the same prompt."""
+    """Up to `count` pairs of the run's test split, in a random order, no two with the same prompt.
+
+    A larger count begins with the pairs of a smaller one.
+    """
     pairs = []
     if options["pairs"]:
+        # Of one's own pairs, split cuts a part off for the test, the same one as for training.
         own_pairs, _ = data.read_pairs(options["pairs"])
         splits, _ = data.split(own_pairs, test=[], share=options["val_share"])
         pairs = splits["test"]
@@ -137,10 +141,10 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
         for path in data.fetch_hh(options["hh_dir"], options["subsets"].split(","), "test"):
             found, _ = data.read_pairs(path)
             pairs += found
-    one_a_prompt = {pair.prompt: pair for pair in pairs}
-    pairs = list(one_a_prompt.values())
-    numbers = data.shuffled(len(pairs), seed, epoch=0)
-    return [pairs[number] for number in numbers[:count]]
+    pair_of_prompt = {pair.prompt: pair for pair in pairs}        # the last one of each prompt
+    pairs = list(pair_of_prompt.values())
+    order = data.shuffled(len(pairs), seed, epoch=0)
+    return [pairs[number] for number in order[:count]]
 
 
 BLOCK = 32                     # prompts that are sampled together
@@ -156,7 +160,7 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     how = {"weights": digest, "max_prompt_tokens": max_prompt_tokens, **sampling._asdict()}
     kept = {}
-    for line in read_lines(path):
+    for line in read_jsonl(path):
         if line["how"] == how:
             kept[line["prompt"]] = Answer(**line["answer"])
 
@@ -175,7 +179,7 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
             if prompt in kept:                         # by an earlier call, with fewer prompts
                 continue
             kept[prompt] = answer
-            add_line(path, {"how": how, "model": name, "prompt": prompt,
+            append_jsonl(path, {"how": how, "model": name, "prompt": prompt,
                             "answer": answer._asdict()})
     return [kept[prompt] for prompt in prompts]
 
@@ -190,7 +194,7 @@ def all_texts(folder: Path, options: dict, args: argparse.Namespace, names: Iter
     encoding = data.encoding_of(demo=False)
     pairs = drawn_pairs(options, args.prompts, args.seed)
     questions = [pair.prompt.removeprefix(data.HUMAN).removesuffix(data.ASSISTANT).strip()
-                 for pair in pairs]                    # a pair has one question
+                 for pair in pairs]                    # data.py keeps only pairs of one question
     texts = {
         "prompt": questions,
         "chosen": [pair.chosen.strip() for pair in pairs],
@@ -219,9 +223,10 @@ def ask(paths: dict[str, Path], encoding: tiktoken.Encoding, questions: list[str
     for name, path in paths.items():
         gpt2 = load(path)
         answers[name] = []
-        # One by one: in a batch, the random numbers would depend on the other questions.
+        # One by one, each from the same seed: so an answer doesn't depend on the other questions.
         for prompt in prompts:
             answers[name] += sample(gpt2, encoding, [prompt], max_prompt_tokens, sampling)
+        del gpt2
 
     for number, question in enumerate(questions):
         print(f"\nHuman: {question}")
@@ -238,13 +243,13 @@ def ask_on_terminal(paths: dict[str, Path], encoding: tiktoken.Encoding, max_pro
                     sampling: Sampling) -> None:
     """Read questions until an empty line, and answer each."""
     while True:
-        question = read_line("Your question, or an empty line to stop: ")
+        question = ask_for_line("Your question, or an empty line to stop: ")
         if question == "":
             return
         ask(paths, encoding, [question], max_prompt_tokens, sampling)
 
 
-def read_line(prompt: str) -> str:
+def ask_for_line(prompt: str) -> str:
     """A line from the terminal or a pipe, without spaces around it; "" where the input ends."""
     try:
         return input(prompt).strip()
@@ -271,7 +276,8 @@ JudgeFunction = Callable[[str, str, str], str | None]  # (prompt, reply A, reply
 class Verdict(NamedTuple):
     """What a judge says about two answers to a prompt.
 
-    The score is None if a letter can't be read. There are no letters if the judge was not asked.
+    The score is None if a letter can't be read. There are no letters where nobody was asked, as the
+    answers are equal, and none of a person, who is asked in one order.
     """
     score: float | None        # 1: the first is better; 0: the second; 1/2: a draw; or None
     letters: tuple             # the judge's, with the first answer as A, then as B; or ()
@@ -302,10 +308,11 @@ def compare(judge: JudgeFunction, prompt: str, answer: str, other: str) -> Verdi
 
 
 def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | None:
-    """Ask the person at the terminal, who doesn't know which answer is whose: 1, 1/2 or 0.
+    """Ask the person at the terminal which of two different answers is better: 1, 1/2 or 0.
 
-    None if the person stops. One order is enough here, as it is random: a liking for a place
-    cancels out over many prompts. The same seed and prompt give the same order.
+    None if the person stops. Nothing shows whose answer is whose. One order is enough here, as it
+    is random: a liking for a place cancels out over many prompts. The same seed and prompt give the
+    same order.
     """
     answer_is_a = random.Random(f"{seed} {prompt}").random() < 0.5
     if answer_is_a:
@@ -324,9 +331,8 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
         if key == "":
             return 0.5
         if key in ("a", "b"):
-            chose_a = key == "a"
-            chose_answer = chose_a == answer_is_a
-            return 1.0 if chose_answer else 0.0
+            winner = a if key == "a" else b
+            return 1.0 if winner == answer else 0.0
 
 
 # 4. Win rate ------------------------------------------------------------------------------------
@@ -336,8 +342,9 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     """How often the answer is better: the mean score over prompts, and its 95% interval.
 
     Verdicts that can't be read are counted, and are neither wins nor losses. "rate", "low" and
-    "high" are None for a judge that was asked and could never be read. A draw is a score of 1/2,
-    for which Wilson's interval is wider than need be.
+    "high" are None without verdicts, and for a judge that was asked and could never be read.
+    Wilson's interval is of scores that are 0 or 1. Scores of 1/2 vary less, so for them it is wider
+    than need be.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -353,9 +360,9 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
         "unreadable": unreadable,
         "letter A": None,
     }
-    # Equal answers are draws without asking. They alone are no rate of this judge.
-    draws_without_asking = verdicts.count(Verdict(0.5, ()))
-    never_read = unreadable > 0 and len(scores) == draws_without_asking
+    # If the judge was asked and never read, the draws between equal answers say nothing of it.
+    asked = [verdict for verdict in verdicts if verdict.letters]
+    never_read = len(asked) > 0 and all(verdict.score is None for verdict in asked)
     if scores and not never_read:
         rate["rate"] = statistics.fmean(scores)
         rate["low"], rate["high"] = dpo.wilson_interval(rate["rate"], len(scores))
@@ -371,10 +378,13 @@ OFFENSIVE = ("hh-rlhf holds offensive text, and answers to it may be offensive, 
 def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None:
     """Let the person at the terminal compare, and print the rate."""
     print(f"{OFFENSIVE}\n", flush=True)
-    texts, _ = all_texts(folder, options, args, ("tuned", args.against))
+    models = ["tuned"]
+    if args.against != "chosen":                       # those answers are in the data
+        models.append(args.against)
+    texts, _ = all_texts(folder, options, args, models)
     path = folder / "judge" / "blind.jsonl"
     kept = {}
-    for line in read_lines(path):
+    for line in read_jsonl(path):
         kept[line["prompt"], line["tuned"], line["other"]] = line["score"]
 
     verdicts = []
@@ -388,8 +398,8 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
             score = compare_blindly(prompt, tuned, other, args.seed)
             if score is None:
                 break
-            add_line(path, {"prompt": prompt, "tuned": tuned, "other": other, "score": score,
-                            "against": args.against})
+            append_jsonl(path, {"prompt": prompt, "tuned": tuned, "other": other,
+                                "score": score})
         verdicts.append(Verdict(score, ()))
 
     rate = win_rate(verdicts)
@@ -405,8 +415,8 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
 #
 # Any server that speaks OpenAI's chat completions will do: Ollama, llama.cpp's server,
 # llama-cpp-python, vLLM. Each can be given a JSON schema. It then lets the model choose only tokens
-# that fit the schema. So a verdict is read by json.loads. Reading it out of prose goes wrong: in
-# "Reply A is more harmful" there is "A is more", and it praises B.
+# that fit the schema. So a verdict is read by json.loads. Searching for it in prose goes wrong: who
+# searches for "A is more" finds it in "Reply A is more harmful", which is a vote for B.
 #
 # Llama 2 likes to decline. So the question says that harmful messages may be judged.
 
@@ -445,18 +455,19 @@ ADVICE = {
 class Judge:
     """A model behind a server. Call it as judge(prompt, a, b): "A", "B", or None if unreadable.
 
-    What it answers is kept in a file, so a question that was answered is not asked again. Raises
+    What it answers is kept in a file, so the same two replies are not compared again. Raises
     OSError, with one line to show, when the server is away, or still fails after some tries.
     """
 
     def __init__(self, url: str, name: str, explain: bool, path: Path):
-        self.url = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+        address = url.rstrip("/").removesuffix("/v1")  # with or without /v1 at its end
+        self.url = f"{address}/v1/chat/completions"
         self.name = name
         self.explain = explain
         self.path = path
         self.answered = {}     # a line of the file for each question that was answered
         self.refusals = []     # why questions were refused in this run
-        for line in read_lines(path):
+        for line in read_jsonl(path):
             if line["judge"] == name:
                 self.answered[line["question"]] = line
 
@@ -475,8 +486,8 @@ class Judge:
         self.session = requests.Session()
         if self.key:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
-        # Ask again after 0, 2, 4, 8, 16 and 32 seconds, or when Retry-After says. But not after a
-        # time-out: the server would still compute the first answer, and the second would wait.
+        # Ask again after 0, 2, 4, 8, 16 and 32 seconds, or when Retry-After says. But not where the
+        # server is away, and not after a time-out: it would still compute the first answer.
         again = adapters.Retry(
             total=6, connect=0, read=0, other=0,
             status_forcelist=PASSING,
@@ -506,7 +517,8 @@ class Judge:
     def question_of(self, prompt: str, a: str, b: str) -> str:
         """The question as the judge reads it."""
         form = FORM_WITH_REASON if self.explain else FORM
-        return QUESTION.format(prompt=plain(prompt), a=plain(a), b=plain(b), form=form)
+        return QUESTION.format(prompt=without_marks(prompt), a=without_marks(a),
+                               b=without_marks(b), form=form)
 
     def __call__(self, prompt: str, a: str, b: str) -> str | None:
         """The letter, or None if the answer can't be read or the question is refused."""
@@ -521,7 +533,7 @@ class Judge:
             raise self.fault(response)
         line = self.read(response, question)
         self.answered[question] = line
-        add_line(self.path, line)
+        append_jsonl(self.path, line)
         return line["letter"]
 
     def post(self, question: str) -> requests.Response:
@@ -558,7 +570,7 @@ class Judge:
             letter = None                              # cut off: the judge was not done
         return {
             "judge": self.name,
-            "answered": str(body.get("model")),
+            "model": str(body.get("model")),           # as the server calls it
             "question": question,
             "text": text,
             "letter": letter,
@@ -611,7 +623,7 @@ def read_letter(text: str) -> str | None:
     return None
 
 
-def plain(text: str) -> str:
+def without_marks(text: str) -> str:
     """The text without the marks of Llama 2's chat template.
 
     They are [INST] [/INST] <<SYS>> <</SYS>> <s> </s>.
@@ -664,7 +676,8 @@ def doubts(agreement: dict, rates: list[dict]) -> list[str]:
 
     found = []
     if agreement["rate"] is None or agreement["low"] <= 0.5:
-        found.append("the judge's agreement with people can't be told from a coin's")
+        found.append("the judge's agreement with people is not better than a coin's, as far as "
+                     "this interval tells")
     if unreadable > 0.1 * prompts:
         found.append(f"{unreadable} of {prompts} verdicts can't be read")
     if undecided > 0.5 * prompts:
@@ -698,16 +711,16 @@ def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
     """log p(answer | prompt) in nats: the sum over all tokens of the answer, as it was sampled."""
     tokens = torch.tensor([answer.prompt_ids + answer.ids], device=gpt2.wte.weight.device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    mask[0, len(answer.prompt_ids):] = True            # the tokens that count
+    mask[0, len(answer.prompt_ids):] = True            # each token of the answer is predicted
     return dpo.sequence_logps(gpt2, tokens, mask).item()
 
 
 def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text.
 
-    The mean of log p_tuned(answer) - log p_sft(answer), which is DPO's reward divided by beta, over
-    answers that the tuned model sampled at temperature 1 and top_p 1. It grows with the length to
-    which answers are cut.
+    The mean of log p_tuned(answer) - log p_sft(answer) over answers that the tuned model sampled at
+    temperature 1 and top_p 1. (Times beta, this difference is the implicit reward of DPO.) It grows
+    with the length to which answers are cut. A single answer gives no interval.
     """
     logps = {}
     for name in ("tuned", "sft"):
@@ -722,7 +735,7 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     return f"{mean:.2f} +- {half_width:.2f}"
 
 
-def shown(value: object) -> str:
+def cell_of(value: object) -> str:
     """A cell of a table."""
     if value is None:
         return ""
@@ -735,7 +748,7 @@ def table(header: list[str], rows: list[list]) -> str:
     """A table in Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
-        lines.append("| " + " | ".join(shown(cell) for cell in row) + " |")
+        lines.append("| " + " | ".join(cell_of(cell) for cell in row) + " |")
     return "\n".join(lines)
 
 
@@ -823,7 +836,7 @@ def notes(judge: Judge) -> list[str]:
     """What else the reader should know: from all answers that are kept, and this run's refusals."""
     lines = list(judge.answered.values())
     own_names = {judge.name, f"{judge.name}:latest"}   # Ollama adds ":latest"
-    other_names = sorted({line["answered"] for line in lines} - own_names)
+    other_names = sorted({line["model"] for line in lines} - own_names)
     found = []
     if other_names:
         found.append(f"{judge.name} was asked, and the server says that {', '.join(other_names)} "
@@ -840,7 +853,7 @@ def notes(judge: Judge) -> list[str]:
 # 7. Files ----------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict]:
     """The objects in a JSONL file; none if there is no file.
 
     A last line without an end, as a kill leaves it, is removed from the file, so that the next line
@@ -849,9 +862,9 @@ def read_lines(path: Path) -> list[dict]:
     if not path.exists():
         return []
     content = path.read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]         # nothing, if there is no end of a line
-    if whole != content:
-        os.truncate(path, len(whole))
+    whole, newline, torn = content.rpartition(b"\n")
+    if torn:
+        os.truncate(path, len(whole + newline))
     lines = []
     for number, text in enumerate(whole.splitlines(), 1):
         try:
@@ -865,7 +878,7 @@ def read_lines(path: Path) -> list[dict]:
     return lines
 
 
-def add_line(path: Path, line: dict) -> None:
+def append_jsonl(path: Path, line: dict) -> None:
     """Add an object to a JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
@@ -882,6 +895,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="Without --ask and --blind, a judge behind --url compares: Llama 2 by default.",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("out", nargs="?", default="out", help="the folder of a run of train.py")
+    # args.ask is None, or a list of questions; --ask without a text adds "" to it.
     parser.add_argument("--ask", metavar="QUESTION", nargs="?", const="", action="append",
                         help="show the models' answers to it; without a text, questions are read "
                              "from the terminal")
@@ -895,8 +909,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0,
                         help="1: answers as the models give them; 0: the likeliest token each time")
     parser.add_argument("--top_p", type=float, default=1.0,
-                        help="sample from the likeliest tokens alone, which together have this "
-                             "probability")
+                        help="sample from the likeliest tokens alone: the fewest that have at "
+                             "least this probability together")
     parser.add_argument("--max_new_tokens", type=int, default=128,
                         help="longest answer, in tokens; at most half of the model's context")
     parser.add_argument("--url", default="http://localhost:11434",
@@ -914,7 +928,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.max_new_tokens < 1:
         parser.error(f"--max_new_tokens is {args.max_new_tokens}, expected 1 or more")
     if not 0 <= args.temperature < math.inf:
-        parser.error(f"--temperature is {args.temperature}, expected 0 or more")
+        parser.error(f"--temperature is {args.temperature}, expected a finite number, 0 or more")
     if not 0 < args.top_p <= 1:
         parser.error(f"--top_p is {args.top_p}, expected a number above 0, up to 1")
     return args
@@ -939,7 +953,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         paths = models_of(folder, options)
         encoding = data.encoding_of(options["demo"])
-        questions = [question for question in args.ask if question.strip()]  # --ask alone gives ""
+        questions = [question for question in args.ask if question.strip()]
         if questions:
             ask(paths, encoding, questions, options["max_prompt_tokens"], sampling_of(args))
         else:
@@ -951,7 +965,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse(argv))
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        print("stopped; answers and verdicts so far are kept", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
         print("error ", " ".join(str(error).split()), file=sys.stderr)

@@ -350,7 +350,7 @@ def test_a_judge_that_always_says_one_letter_is_seen_through(letter, run, serve,
         assert row(text, compared)["undecided"] == str(PAIRS)
         assert row(text, compared)["letter A"] == ("1.000" if letter == "A" else "0.000")
         assert row(text, compared)["longer won"] == ""
-    for doubt in ("can't be told from a coin's", "are undecided", "the judge says A in"):
+    for doubt in ("not better than a coin's", "are undecided", "the judge says A in"):
         assert doubt in text
 
 
@@ -392,7 +392,7 @@ def test_a_judge_that_guesses(run, serve, capsys):
         low, high = found["95% interval"].split(" to ")
         assert float(low) <= 0.5 <= float(high)
         assert 0.25 < int(found["undecided"]) / PAIRS < 0.75
-    assert "can't be told from a coin's" in text
+    assert "not better than a coin's" in text
 
 
 def test_questions_that_are_refused_are_counted_and_asked_again_by_the_next_run(run, serve, capsys):
@@ -894,7 +894,7 @@ def test_blind_against_others(against, run, capsys, monkeypatch):
     text = blind_screen(run, capsys, "--against", against)
     assert f"tuned against {against}: rate " in text
     assert "on 1 prompts, 0 of them ties" in text
-    (line,) = judge.read_lines(run.results / "blind.jsonl")
+    (line,) = judge.read_jsonl(run.results / "blind.jsonl")
     assert line["score"] in (0.0, 1.0)
     kind = line["other"].startswith("kind answer")
     assert kind == (against == "chosen")
@@ -912,4 +912,4 @@ def test_blind_works_in_a_pipe(run):
         input="a\nb\nq\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "on 2 prompts, 0 of them ties or equal answers" in done.stdout
-    assert len(judge.read_lines(run.results / "blind.jsonl")) == 2
+    assert len(judge.read_jsonl(run.results / "blind.jsonl")) == 2
