@@ -163,7 +163,7 @@ def split(pairs: list[Pair], test: list[Pair],
           share: float) -> tuple[dict[str, list[Pair]], Counter]:
     """The splits "train", "val" and "test", and how many pairs were dropped.
 
-    About `share` of the prompts go to val. If `test` is empty, as many again go to test.
+    About `share` of the prompts go to val. If `test` is empty, another `share` of them go to test.
     The hash of a prompt decides, so equal prompts are never in two splits, in whatever order the
     pairs come and on whatever machine. If rows were drawn instead, a prompt that has several pairs
     would be trained on and tested on. For the same reason a pair whose prompt stands in `test` is
@@ -190,7 +190,7 @@ def fraction_of(prompt: str) -> float:
 
     Python's own hash() would not do: it is another one in each process.
     """
-    # JSON may hold half a character, which UTF-8 can't: "surrogatepass" encodes it all the same.
+    # JSON may hold a lone surrogate, half a character. UTF-8 can't, but for "surrogatepass".
     digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -199,7 +199,7 @@ def fraction_of(prompt: str) -> float:
 
 
 class TokenPair(NamedTuple):
-    """The ids of a pair, int32 each. A response ends with end-of-text, unless it was cut."""
+    """The ids of a pair: int32 arrays, or lists. A response ends with end-of-text, or was cut."""
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
@@ -256,7 +256,7 @@ class PaddedBatch(NamedTuple):
     """B pairs in 2B rows, each a prompt, then a response, then padding."""
     tokens: Tensor                 # (2B, T) int64
     mask: Tensor                   # (2B, T) bool: True on the response
-    pairs: Tensor                  # (B,) int64: the pairs' numbers in the data set
+    numbers: Tensor                # (B,) int64: the pairs' numbers in the data set
 
 
 def pad(pairs: list[TokenPair], numbers: Sequence[int]) -> PaddedBatch:
@@ -297,13 +297,13 @@ class Batch(NamedTuple):
     tokens: Tensor                 # (N,) the ids that the model reads
     positions: Tensor              # (N,) of each token in its row, from 0
     grids: tuple[Tensor, ...]      # (R, T) each: rows for attention; a cell is a place in `tokens`
-    cells: Tensor                  # (N,) a cell of each token, counted row by row, grid after grid
+    cells: Tensor                  # (N,) of each token a cell, numbered row by row, grid after grid
     predicts: Tensor               # (M,) the places in `tokens` that predict a token of a response
     targets: Tensor                # (M,) the ids that are predicted there
     owner: Tensor                  # (M,) the response, 0 to 2B - 1, to which the target belongs
-    response_tokens: Tensor        # (2B,) how many tokens each response has
-    pairs: Tensor                  # (B,) the pairs' numbers in the data set
-    reference: Tensor              # (2B,) float32: the reference's logps; nan while it is not asked
+    response_lengths: Tensor        # (2B,) how many tokens each response has
+    numbers: Tensor                # (B,) the pairs' numbers in the data set
+    reference: Tensor              # (2B,) float32: the reference's logps; nan before it was asked
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
@@ -315,8 +315,8 @@ class Batch(NamedTuple):
             predicts=self.predicts.to(device),
             targets=self.targets.to(device),
             owner=self.owner.to(device),
-            response_tokens=self.response_tokens.to(device),
-            pairs=self.pairs.to(device),
+            response_lengths=self.response_lengths.to(device),
+            numbers=self.numbers.to(device),
             reference=self.reference.to(device),
         )
 
@@ -382,8 +382,8 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
         predicts=joined(predicts),
         targets=joined(all_responses),
         owner=joined(owner),
-        response_tokens=torch.tensor([len(response) for response in all_responses]),
-        pairs=torch.as_tensor(numbers, dtype=torch.int64),
+        response_lengths=torch.tensor([len(response) for response in all_responses]),
+        numbers=torch.as_tensor(numbers, dtype=torch.int64),
         reference=of_reference,
     )
 
@@ -398,7 +398,8 @@ def make_grids(rows: list[np.ndarray], length: int,
     cells of two.
 
     A prompt's tokens have the same results in both of their rows: no token sees what comes later.
-    Either may be taken. No gradient is lost: both rows read their keys and values from the line.
+    Either may be taken, and feeds both responses from there on: a prompt's token stands in the line
+    only once.
     """
     order = np.arange(len(rows))
     if count > 1:
@@ -424,7 +425,7 @@ def make_grids(rows: list[np.ndarray], length: int,
 
 def joined(arrays: list) -> Tensor:
     """One int64 tensor of all these arrays, one after the other: torch indexes with int64 alone."""
-    # "unsafe": numpy takes an empty list, as is left of a response of one token, for floats.
+    # "unsafe": to numpy an empty list, as a response of one token leaves it, is of floats.
     return torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe"))
 
 
@@ -435,8 +436,8 @@ def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: in
 
     An epoch holds each pair once; its last update may have fewer pairs. The order is shuffled anew
     for each epoch, and follows from (seed, epoch) alone: so a resumed run sees the same batches.
-    An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs.
-    Pairs of like length waste little padding on one another. reference, sides, grids: see pack.
+    An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs:
+    a batch of pairs of like length has little padding. reference, sides, grids: see pack.
     """
     updates_per_epoch = math.ceil(len(pairs) / batch_pairs)
     first_epoch, done = divmod(start, updates_per_epoch)
@@ -461,7 +462,10 @@ def by_length(pairs: list[TokenPair], micro_pairs: int, reference: Tensor | None
 def micro_batches(pairs: list[TokenPair], numbers: np.ndarray, micro_pairs: int,
                   reference: Tensor | None, sides: tuple[str, ...],
                   grids: int) -> Iterator[Batch]:
-    """The pairs with these numbers, sorted by length, in batches of up to micro_pairs."""
+    """The pairs with these numbers, sorted by length, in batches of up to micro_pairs.
+
+    The length is of the prompt and both responses, even where `sides` is one.
+    """
     lengths = []
     for number in numbers:
         pair = pairs[number]
@@ -560,7 +564,7 @@ def lock(file: BinaryIO, wait: bool = True) -> bool:
 
 
 # train.py writes a run's folder, judge.py reads it. Both need these two, so they stand here.
-RUN_FORMAT = 2                     # of a run's folder; the first edition's has no such number
+RUN_FORMAT = 2                     # of a run's folder, in case a later edition changes it
 
 
 def read_run(folder: str | Path) -> dict:

@@ -14,7 +14,7 @@ The letters in the shapes: B pairs, R rows, T tokens of a row, V tokens of the v
 This file needs torch alone, so it can be copied; only section 5 works with the batches of data.py
 and the GPT2 of model.py. Here it trains a model of `transformers`, on the CPU. Come back to this
 example after section 4. `batches` is a list of batches of 8 pairs, as data.pad makes them: each is
-an object with tokens (16, T), mask (16, T) and pairs (8,), the numbers of the pairs in the data
+an object with tokens (16, T), mask (16, T) and numbers (8,), those of the pairs in the data
 set. The 8 rows with the chosen responses come first.
 
     from dpo import check_start, cosine_lr, dpo_metrics, reference_logps, sequence_logps
@@ -25,7 +25,7 @@ set. The 8 rows with the chosen responses come first.
         return sequence_logps(lambda tokens: model(tokens).logits, batch.tokens, batch.mask)
 
     def reference_of(batch):
-        return reference[:, batch.pairs].flatten()      # (2, 8) -> (16,), chosen first
+        return reference[:, batch.numbers].flatten()      # (2, 8) -> (16,), chosen first
 
     def loss_function(model, batch):
         return dpo_metrics(logps_of(model, batch), reference_of(batch), beta=0.1)
@@ -33,7 +33,7 @@ set. The 8 rows with the chosen responses come first.
     model.eval()                                        # dropout would be noise in the rewards
     reference = reference_logps(logps_of, model, batches, pair_count=8 * len(batches))
     check_start(logps_of(model, batches[0]), reference_of(batches[0]))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)    # its rate: see below
     for step, batch in enumerate(batches):
         lr = cosine_lr(step, peak=1e-6, warmup_steps=10, total_steps=len(batches))
         optimizer.param_groups[0]["lr"] = lr
@@ -53,7 +53,8 @@ from torch import Tensor, nn
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
              reference_chosen: Tensor, reference_rejected: Tensor,
              beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Equation 7 of Rafailov et al. 2023 (arXiv:2305.18290), for each pair of a batch:
+    """Equation 7 of Rafailov et al. 2023 (arXiv:2305.18290), for each pair of a batch, before the
+    mean over the pairs:
 
         loss = -log sigmoid(  beta * log(pi(chosen | prompt) / pi_ref(chosen | prompt))
                             - beta * log(pi(rejected | prompt) / pi_ref(rejected | prompt)))
@@ -79,14 +80,14 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     return loss, chosen_reward.detach(), rejected_reward.detach()
 
 
-def sft_loss(chosen: Tensor, chosen_tokens: Tensor) -> Tensor:
+def sft_loss(chosen: Tensor, chosen_lengths: Tensor) -> Tensor:
     """The loss of the stage before DPO, supervised fine-tuning (SFT): nats a token, (B,).
 
     Each response counts the same, however long it is.
 
-    chosen (B,): logps of the chosen responses, as above. chosen_tokens (B,) int64: their lengths.
+    chosen (B,): logps of the chosen responses, as above. chosen_lengths (B,) int64: their lengths.
     """
-    return -chosen / chosen_tokens
+    return -chosen / chosen_lengths
 
 
 # 2. What goes into it ---------------------------------------------------------------------------
@@ -100,16 +101,16 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     mask (R, T) bool: True on the tokens of the response.
 
     The padding stands on the right and needs no attention mask: attention is causal, so no real
-    token sees it. What the model predicts on the padding is dropped here, by `mask`.
+    token sees it. What the model predicts of the prompt and on the padding is dropped, by `mask`.
     """
     logits = model(tokens[:, :-1])                     # (R, T-1, V): position t predicts token t+1
-    logits = at_least_float32(logits)                  # so are log_softmax and the sum below
+    logits = at_least_float32(logits)                  # a sum over tokens needs the precision
     targets = tokens[:, 1:]                            # (R, T-1): the tokens that came
     is_response = mask[:, 1:]                          # (R, T-1): which of them count
 
     log_softmax = logits.log_softmax(-1)                                   # (R, T-1, V)
     token_logps = log_softmax.gather(-1, targets[:, :, None]).squeeze(-1)  # (R, T-1)
-    token_logps = token_logps.masked_fill(~is_response, 0.0)
+    token_logps = token_logps.masked_fill(~is_response, 0.0)               # -inf * 0 would be nan
     return token_logps.sum(-1)                         # a sum, not a mean: of a whole response
 
 
@@ -132,14 +133,14 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
     memory, and no update computes the reference again.
 
     logps_of(model, batch): the logps (2B,) of a batch, chosen first. batches: together they hold
-    each pair once; batch.pairs (B,) int64 has the pairs' numbers, from 0 to pair_count - 1.
+    each pair once; batch.numbers (B,) int64 has the pairs' numbers, from 0 to pair_count - 1.
     """
     # A pair that no batch holds stays nan, and train_step makes no update of a loss that is nan.
     table = torch.full((2, pair_count), math.nan)
     for batch in batches:
         logps = logps_of(model, batch).float().cpu()   # (2B,)
         chosen, rejected = logps.chunk(2)              # (B,) each
-        numbers = batch.pairs.cpu()
+        numbers = batch.numbers.cpu()
         table[0, numbers] = chosen
         table[1, numbers] = rejected
     return table
@@ -167,7 +168,7 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,
         "rewards/margins": margin,
-        "rewards/accuracies": wins + ties / 2,         # 1/2 at first, where all are ties
+        "rewards/accuracies": wins + ties / 2,         # where policy and reference are equal: 1/2
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
         # The loss sees only the margin, so it can fall although both rewards fall. This is the
@@ -193,6 +194,7 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
         raise ValueError(f"a mean of {mean} over {count} samples: expected a mean from 0 to 1, "
                          f"over at least one sample")
     z = 1.959964                                       # 95% of a normal distribution lie within z
+    # |mean - p| = z * sqrt(p * (1 - p) / count), squared, is quadratic in p. Its two solutions:
     center = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
     variance = mean * (1 - mean) / count + z**2 / (4 * count**2)
     half_width = z * math.sqrt(variance) / (1 + z**2 / count)
@@ -207,13 +209,12 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     """The learning rate of update number `step`, which counts from 0 to total_steps - 1.
 
     It grows linearly to `peak` over the first warmup_steps updates. Then it falls along half a
-    cosine, to final * peak at the last update. The first update has peak / warmup_steps, not 0:
-    an update with a rate of 0 would be wasted.
+    cosine, to final * peak at the last update. A warm-up begins with peak / warmup_steps, not 0: an
+    update with a rate of 0 would be wasted. Below, two updates go up, and five stand on the cosine:
+    its top, and four steps down.
 
     >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
-
-    Here two updates go up, and five stand on the cosine: its top, and four steps down.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -224,7 +225,8 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     return peak * (final + (1 - final) * height)
 
 
-LossFunction = Callable[[nn.Module, object], dict[str, Tensor]]   # (model, batch) -> metrics (B,)
+# loss_function(model, batch) -> a dict of metrics, (B,) each, with "loss" among them
+LossFunction = Callable[[nn.Module, object], dict[str, Tensor]]
 
 
 def mean_over_pairs(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -248,7 +250,8 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     """One iteration of training: an update, from the mean loss over all pairs.
 
     micro_batches: the parts of one batch, small enough to go through the model one at a time.
-    Each is any object with `pairs` (B,). Their gradients add up, so the update is that of one pass.
+    Each is any object with `numbers` (B,). Their gradients add up, so the update is that of one
+    pass.
     loss_function(model, batch): a dict of (B,) tensors, "loss" among them, as dpo_metrics returns.
     max_norm: a longer gradient is shortened to this length.
     scaler: for float16, whose small gradients would become 0. It multiplies the loss by a large
@@ -259,14 +262,14 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     optimizer stay as they were, and "skipped" is 1.
     """
     if scaler is None:
-        scaler = torch.amp.GradScaler(enabled=False)   # its calls below then change nothing
+        scaler = torch.amp.GradScaler(enabled=False)   # its step is optimizer.step() alone
 
-    pairs = sum(len(batch.pairs) for batch in micro_batches)
+    pair_count = sum(len(batch.numbers) for batch in micro_batches)
     parts = []
     for batch in micro_batches:
         metrics = loss_function(model, batch)
         # By the pairs of the whole update: a short micro-batch must not weigh like a full one.
-        loss = metrics["loss"].sum() / pairs
+        loss = metrics["loss"].sum() / pair_count
         scaler.scale(loss).backward()                  # adds to the gradients that are there
         parts.append(metrics)
 
@@ -274,12 +277,12 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     means = mean_over_pairs(parts)
-    means["grad_norm"] = grad_norm
+    means["grad_norm"] = grad_norm                     # to be read together with them
     result = as_floats(means)
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
         scaler.step(optimizer)                         # optimizer.step()
-    scaler.update()        # for the next step: a lower scale, if unscale_ met inf or nan
+    scaler.update()        # a lower scale for the next step, if unscale_ has met inf or nan
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -287,7 +290,10 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
 
 @torch.no_grad()
 def val_step(model: nn.Module, batches: Iterable, loss_function: LossFunction) -> dict[str, float]:
-    """One iteration of validation: the mean of every metric over all pairs of the batches."""
+    """One iteration of validation: the mean of every metric over all pairs of the batches.
+
+    A model with dropout must be in eval mode.
+    """
     parts = [loss_function(model, batch) for batch in batches]
     return as_floats(mean_over_pairs(parts))
 
@@ -300,8 +306,8 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 
     At this moment all rewards are 0 and the loss of equation 7 is log 2. If they are not, training
     would still run, towards a wrong goal. This check catches dropout that was left on, a reference
-    that another checkpoint gave, or another order of the pairs, and an adapter that changes the
-    model before it has learnt anything.
+    that another checkpoint gave, and an adapter that changes the model before it has learnt
+    anything; and a wrong order of the pairs, as far as this batch shows it.
 
     Only rounding is allowed, of 4 times float32's relative precision: some devices add up numbers
     in a changing order. For logps near -150 that is 4 * 1.2e-7 * 150 = 0.00007 nats.
@@ -327,10 +333,10 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 #   GPT-2's head, with its 50,257 tokens, is a large part of the model.
 #
 # In a packed batch the tokens stand in one line: each prompt once, then its two responses. Nearly
-# all that a Transformer does, it does to each token alone, so it needs no rows, and none of the
-# three is computed. Only attention needs rows. It gathers them from the line, and takes the results
-# back to the line. So inside attention there are still prompts twice, and some padding. train.py
-# trains with packed batches.
+# all that a Transformer does, it does to each token alone. There it needs no rows, and computes
+# none of these three things. Only attention needs rows. It gathers them from the line, prompts
+# twice and with some padding, and takes the results back to the line. train.py trains with packed
+# batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
 # two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit e764479):
@@ -375,7 +381,15 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     tensor([0, 1, 2, 3, 2, 0, 1])
 
     Attention sees a grid of rows (here one grid), a row for each response. A cell of the grid holds
-    a place in the line. Padding is place 0, too: nobody reads the result there.
+    a place in the line. Cells are numbered row by row.
+
+        row of response             its tokens     its places   the numbers of its cells
+        0: chosen of pair 0         10 11 20 21    0  1  2  3     0  1  2  3
+        1: chosen of pair 1         12             5  .  .  .     4  5  6  7
+        2: rejected of pair 0       10 11 30       0  1  4  .     8  9 10 11
+        3: rejected of pair 1       12 41          5  6  .  .    12 13 14 15
+
+    The dots are padding. In the tensor, padding is place 0, too: nobody reads the result there.
 
     >>> batch.grids[0]
     tensor([[0, 1, 2, 3],
@@ -383,20 +397,16 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
             [0, 1, 4, 0],
             [5, 6, 0, 0]])
 
-        row of response             its places   its tokens     the numbers of its cells
-        0: chosen of pair 0         0  1  2  3   10 11 20 21      0  1  2  3
-        1: chosen of pair 1         5  .  .  .   12               4  5  6  7
-        2: rejected of pair 0       0  1  4  .   10 11 30         8  9 10 11
-        3: rejected of pair 1       5  6  .  .   12 41           12 13 14 15
-
-    After attention, each of the 7 tokens takes its result from one cell: 20 from cell 2, say. A
-    prompt stands in two rows, with the same result in both; the lower one is taken.
+    After attention, each of the 7 places takes its result from one cell: place 2, the token 20, has
+    that of cell 2. A prompt stands in two rows, and has the same result in both. The later row's is
+    taken: place 0, the token 10, stands in cells 0 and 8, and takes its result from cell 8.
 
     >>> batch.cells            # of the places 0 to 6
     tensor([ 8,  9,  2,  3, 10, 12, 13])
 
     Each token of a response is predicted at one place: its first token at the prompt's last place,
-    and the others at the response's own places. So place 1 predicts both 20 and 30.
+    and the others at the response's own places. So place 1 predicts both 20 and 30. The rows of
+    this tensor are the place, the token that it predicts, and the response to which that belongs:
 
     >>> torch.stack([batch.predicts, batch.targets, batch.owner])
     tensor([[ 1,  2,  3,  5,  1,  4,  5,  6],
@@ -429,7 +439,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
         head = head.to(hidden.dtype)
 
     logps = TargetLogps.apply(hidden, head, batch.targets, piece)            # (M,)
-    totals = logps.new_zeros(len(batch.response_tokens))                     # (2B,)
+    totals = logps.new_zeros(len(batch.response_lengths))                     # (2B,)
     return totals.index_add(0, batch.owner, logps)     # each response's sum over its tokens
 
 
@@ -484,15 +494,20 @@ class TargetLogps(torch.autograd.Function):
             d_head.index_add_(0, targets, weighted.to(grad.dtype))
             for h, w in zip(hidden.split(ctx.piece), weighted.split(ctx.piece), strict=True):
                 softmax = at_least_float32(head @ h.T).softmax(0).to(h.dtype)
-                if w.dtype == d_head.dtype:
-                    d_head.addmm_(softmax, w, alpha=-1)        # the same, without a second (V, C)
-                else:
-                    d_head -= softmax @ w
+                subtract_product(d_head, softmax, w)
             d_head = d_head.to(head.dtype)
         d_hidden = None
         if ctx.needs_input_grad[0]:
             d_hidden = (grad[:, None] * slopes).to(hidden.dtype)
         return d_hidden, d_head, None, None            # targets and piece have no gradient
+
+
+def subtract_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total -= a @ b, in place. total may be float32 where a and b are bfloat16 or float16."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, alpha=-1)                   # without memory for the product
+    else:
+        total -= a @ b
 
 
 # 6. Variants of the loss ------------------------------------------------------------------------
@@ -501,19 +516,19 @@ VARIANTS = ("sigmoid", "robust", "ipo", "hinge", "sigmoid_norm")
 USES_SMOOTHING = ("sigmoid", "robust")                 # those that have a use for label_smoothing
 
 
-def variant_loss(policy: Tensor, reference: Tensor, response_tokens: Tensor, beta: float,
+def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, beta: float,
                  variant: str, label_smoothing: float = 0.0) -> Tensor:
     """The loss of each pair, (B,), in the form that others have proposed, under trl's names.
 
-    policy, reference (2B,): logps in nats, chosen first. response_tokens (2B,) int64: the length of
-    each response, for the variants that take means over tokens. label_smoothing: the share of
+    policy, reference (2B,): logps in nats, chosen first. response_lengths (2B,) int64: of each
+    response in tokens, for the variants that take means over tokens. label_smoothing: the share of
     labels that are believed to be wrong. Raises ValueError for options that check_variant refuses.
     """
     check_variant(variant, label_smoothing)
     chosen_logratio, rejected_logratio = (policy - reference).chunk(2)       # (B,) each
-    chosen_tokens, rejected_tokens = response_tokens.chunk(2)
+    chosen_lengths, rejected_lengths = response_lengths.chunk(2)
     margin = beta * (chosen_logratio - rejected_logratio)         # the difference of the rewards
-    difference_of_means = chosen_logratio / chosen_tokens - rejected_logratio / rejected_tokens
+    difference_of_means = chosen_logratio / chosen_lengths - rejected_logratio / rejected_lengths
 
     if variant == "sigmoid":
         # Equation 7. With label_smoothing it is the conservative DPO of Mitchell 2023: the loss is
@@ -523,8 +538,9 @@ def variant_loss(policy: Tensor, reference: Tensor, response_tokens: Tensor, bet
         return (1 - label_smoothing) * right + label_smoothing * wrong
 
     if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share label_smoothing of the labels is
-        # wrong, the mean of this loss is what equation 7 would give with right labels.
+        # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share e = label_smoothing of the labels
+        # is wrong, the mean of this loss is what equation 7 would give with right labels: `right`
+        # gets the factor ((1 - e)**2 - e**2) / (1 - 2e), which is 1, and `wrong` gets 0.
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)

@@ -7,9 +7,9 @@ Read from top to bottom:
 3. adapters            small MLPs beside GPT-2's own MLPs, or in their place
 4. files               OpenAI's weights, as the Hugging Face hub has them, and back
 
-Needs torch and numpy. The letters in the shapes: R rows, T tokens of a row, N tokens of a packed
-batch, C width (n_embd), H heads, D width of a head (C / H), V words of the vocabulary, S places of
-a row in the KV cache.
+Needs torch, and numpy for reading and writing files. The letters in the shapes: R rows, T tokens of
+a row, N tokens of a packed batch, C width (n_embd), H heads, D width of a head (C / H), V words of
+the vocabulary, S places of a row in the KV cache.
 """
 
 import dataclasses
@@ -223,8 +223,8 @@ class GPT2(nn.Module):
 def initialize(module: nn.Module, n_layer: int) -> None:
     """GPT-2's random start: normal with deviation 0.02, biases 0, LayerNorms as PyTorch makes them.
 
-    2 * n_layer matrices c_proj write into the sum that runs through all layers. They start smaller,
-    by the root of that number, so that the sum's size does not grow with the number of layers.
+    Each layer adds the outputs of two c_proj to x. They start smaller, by the root of their number,
+    2 * n_layer, so that the size of x does not grow with the number of layers.
     """
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
@@ -299,7 +299,7 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
         tokens = new[:, None]                          # (R, 1)
         positions = lengths[:, None]                   # (R, 1)
         lengths = lengths + 1
-        last = torch.zeros_like(last)
+        last = torch.zeros_like(last)                  # the new token is the only one of its row
     return answers
 
 
@@ -384,7 +384,7 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
     """Give every block an adapter of `width` neurons. Changes the model, and returns it.
 
     "parallel": an adapter beside each MLP. Its last layer is 0 at first, so that the model computes
-    exactly what it did. The adapters alone train. In the first update only their last layer does,
+    exactly what it did. The adapters alone train. The first update changes only their last layers,
     as no gradient flows back through a layer of zeros.
     "replace": an adapter in the place of each MLP, either random (init "scratch") or made of the
     MLP's own strongest neurons (init "pretrained"). All weights train.
@@ -515,8 +515,8 @@ def merged_mlp(mlp: MLP, adapter: MLP) -> MLP:
 # writes its own files by `write_whole`.
 
 # OpenAI's files hold these four matrices as (in, out), nn.Linear holds them as (out, in). They are
-# transposed on the way in and on the way out. The attention's c_proj is square: if it were
-# forgotten, no check of shapes would notice.
+# transposed on the way in and on the way out. The attention's c_proj is square: if its transpose
+# were forgotten, no check of shapes would notice.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 # Settings of config.json that change what a GPT-2 computes, each with the values under which it
@@ -607,7 +607,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 raise ValueError(f"{name:.99} has the shape {shape} at bytes {start} to {stop}, "
                                  f"expected it to begin at {end} and to fit")
             tensor = torch.empty(shape, dtype=dtype)
-            file.readinto(tensor.view(-1).view(torch.uint8).numpy())    # into its own bytes
+            file.readinto(tensor.view(-1).view(torch.uint8).numpy())  # its memory, as bytes
             yield name, tensor
             end = stop
     if end != data_size:

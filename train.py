@@ -108,7 +108,7 @@ class Config:
     vals_per_epoch: int = option(4, "validations in an epoch, at most; there is one before the "
                                     "first update, too, and always one after the last")
     patience: int = option(4, "training ends after so many validations in a row without a lower "
-                              "loss; with the other defaults it is over before that")
+                              "loss; with the defaults it can't end a run early")
     log_every: int = option(10, "updates between two lines of the log")
     save_every: int = option(100, "updates between two saves; there is one before each validation")
 
@@ -181,25 +181,27 @@ def train(config: Config) -> int:
             return dpo.packed_logps(model, batch, machine.piece)
 
     def sft_loss_function(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
-        return {"loss": dpo.sft_loss(logps_of(model, batch), batch.response_tokens)}
+        return {"loss": dpo.sft_loss(logps_of(model, batch), batch.response_lengths)}
 
     def dpo_loss_function(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
         logps = logps_of(model, batch)
         metrics = dpo.dpo_metrics(logps, batch.reference, config.beta)
-        if config.loss != "sigmoid" or config.label_smoothing > 0:  # only the loss is another
-            metrics["loss"] = dpo.variant_loss(logps, batch.reference, batch.response_tokens,
+        # dpo_metrics has the loss of equation 7. Another one takes its place, the metrics stay.
+        if config.loss != "sigmoid" or config.label_smoothing > 0:
+            metrics["loss"] = dpo.variant_loss(logps, batch.reference, batch.response_lengths,
                                                config.beta, config.loss, config.label_smoothing)
         if config.sft_coef > 0:
             chosen, _ = logps.chunk(2)
-            chosen_tokens, _ = batch.response_tokens.chunk(2)
-            sft_loss = dpo.sft_loss(chosen, chosen_tokens)
+            chosen_lengths, _ = batch.response_lengths.chunk(2)
+            sft_loss = dpo.sft_loss(chosen, chosen_lengths)
             metrics["loss"] = metrics["loss"] + config.sft_coef * sft_loss
         return metrics
 
     # SFT: all weights learn to write like the chosen answers. With 0 epochs the model is only
-    # validated, and saved. If DPO is resumed, SFT was done before the stop.
+    # validated, and saved. If DPO is resumed, SFT was done before the stop. (A run that is killed
+    # between the two resumes SFT at its end: it makes the last validation once more.)
     if not resumes_dpo:
-        if config.adapter == "replace":                # before SFT: the reference has it, too
+        if config.adapter == "replace":                # now: the reference has it, too
             add_adapters(model, "replace", config.adapter_width, config.adapter_init)
         sft_splits = splits
         if config.demo:
@@ -219,9 +221,9 @@ def train(config: Config) -> int:
                                  math.ceil(len(pairs) / config.micro_pairs), "batches")
             reference[name] = dpo.reference_logps(logps_of, model, batches, len(pairs))
 
-    # The policy begins as its reference. Check it, with the first batch that the reference had. (If
-    # DPO is resumed, this is so, too: only fit loads the weights that were saved.)
-    if config.adapter != "replace":
+    # The policy begins as its reference. Check it, with the first batch that the reference had. (In
+    # a resumed DPO, too: the trained weights are loaded later, by fit.)
+    if config.adapter != "replace":                    # which was added before SFT
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference["train"]))
     with torch.no_grad():
@@ -243,6 +245,7 @@ def train(config: Config) -> int:
     accuracy = test["rewards/accuracies"]
     low, high = dpo.wilson_interval(accuracy, count)
     test |= {"pairs": count, "accuracy_low": low, "accuracy_high": high}
+    # On the screen: the update that made the best weights, of all that were made.
     log(run, "test", "dpo", step=state.best_step, total_steps=state.step, metrics=test)
     print(f"result {run.folder / 'best'} | test accuracy {accuracy:.3f}, 95% interval {low:.3f} to "
           f"{high:.3f}, on {count} pairs")

@@ -125,7 +125,7 @@ def ours(job: dict, batches: list[list[data.TokenPair]], device: str) -> list:
     def loss_function(model: GPT2, batch: data.Batch | data.PaddedBatch) -> dict[str, torch.Tensor]:
         policy = logps_of(model, batch)
         if "reference" in ideas:
-            before = reference[:, batch.pairs].flatten()
+            before = reference[:, batch.numbers].flatten()
         else:
             before = logps_of(frozen, batch)
         return dpo.dpo_metrics(policy, before, BETA)

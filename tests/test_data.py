@@ -462,8 +462,8 @@ def test_a_worked_batch():
     assert batch.predicts.tolist() == [1, 2, 3, 5, 1, 4, 5, 6]
     assert batch.targets.tolist() == [20, 21, END, 40, 30, END, 41, 42]
     assert batch.owner.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
-    assert batch.response_tokens.tolist() == [3, 1, 2, 2]
-    assert batch.pairs.tolist() == [7, 3]
+    assert batch.response_lengths.tolist() == [3, 1, 2, 2]
+    assert batch.numbers.tolist() == [7, 3]
 
     [grid] = batch.grids  # a row for each response, 0 for padding
     assert grid.tolist() == [[0, 1, 2, 3], [5, 0, 0, 0], [0, 1, 4, 0], [5, 6, 0, 0]]
@@ -482,8 +482,8 @@ def test_a_worked_batch_of_the_chosen_side_alone():
     assert batch.predicts.tolist() == [1, 2, 3, 4]
     assert batch.targets.tolist() == [20, 21, END, 40]
     assert batch.owner.tolist() == [0, 0, 0, 1]
-    assert batch.response_tokens.tolist() == [3, 1]
-    assert batch.pairs.tolist() == [7, 3]
+    assert batch.response_lengths.tolist() == [3, 1]
+    assert batch.numbers.tolist() == [7, 3]
 
 
 def test_a_worked_padded_batch():
@@ -495,7 +495,7 @@ def test_a_worked_padded_batch():
                                    [False, True, False, False, False],
                                    [False, False, True, True, False],
                                    [False, True, True, False, False]]
-    assert batch.pairs.tolist() == [7, 3]
+    assert batch.numbers.tolist() == [7, 3]
 
 
 def check(batch: data.Batch, pairs: list[TokenPair], sides: tuple[str, ...]) -> None:
@@ -517,16 +517,16 @@ def check(batch: data.Batch, pairs: list[TokenPair], sides: tuple[str, ...]) -> 
         assert [positions[seen] for seen in context] == list(range(len(context)))
 
     expected = []  # (response, what it predicts, from which tokens)
-    response_tokens = []
+    response_lengths = []
     read = 0
-    own_pairs = [pairs[i] for i in batch.pairs]
+    own_pairs = [pairs[i] for i in batch.numbers]
     for side in sides:
         for pair in own_pairs:
             response = getattr(pair, side).tolist()
             for i, target in enumerate(response):
                 context = pair.prompt.tolist() + response[:i]
-                expected.append((len(response_tokens), target, context))
-            response_tokens.append(len(response))
+                expected.append((len(response_lengths), target, context))
+            response_lengths.append(len(response))
             read += len(response) - 1
 
     found = []
@@ -535,11 +535,11 @@ def check(batch: data.Batch, pairs: list[TokenPair], sides: tuple[str, ...]) -> 
         context = [tokens[seen] for seen in contexts[cells[place]]]
         found.append((owner, target, context))
     assert found == expected
-    assert batch.response_tokens.tolist() == response_tokens
+    assert batch.response_lengths.tolist() == response_lengths
     assert len(tokens) == read + sum(len(pair.prompt) for pair in own_pairs)
 
     assert batch.reference.dtype == torch.float32
-    for tensor in [*batch.grids, *batch._replace(grids=batch.tokens, reference=batch.pairs)]:
+    for tensor in [*batch.grids, *batch._replace(grids=batch.tokens, reference=batch.numbers)]:
         assert tensor.dtype == torch.int64
 
 
@@ -636,7 +636,7 @@ EQUAL = numbered(*[(2, 2, 2)] * 8)  # so that the order by length is the order o
 
 
 def numbers_of(micro_batches: list[data.Batch]) -> list[list[int]]:
-    return [batch.pairs.tolist() for batch in micro_batches]
+    return [batch.numbers.tolist() for batch in micro_batches]
 
 
 def updates(count: int, *args, **kwargs) -> list[list[list[int]]]:
@@ -691,7 +691,7 @@ def test_micro_batches_bring_their_own_pairs_reference():
     passes = list(by_length(EIGHT, 3, table))
     [update] = islice(batches(EIGHT, 8, 3, seed=0, reference=table), 1)
     for batch in passes + update:
-        assert batch.reference.tolist() == batch.pairs.tolist() + (batch.pairs + 8).tolist()
+        assert batch.reference.tolist() == batch.numbers.tolist() + (batch.numbers + 8).tolist()
 
 
 @given(lengths, st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 9),
@@ -709,8 +709,8 @@ def test_each_pair_comes_once_an_epoch(lengths, batch_pairs, micro_pairs, seed, 
     for micro_batches in whole:
         for batch in micro_batches:
             check(batch, pairs, sides)
-            assert len(batch.grids) == min(grids, len(sides) * len(batch.pairs))
-        sizes = [len(batch.pairs) for batch in micro_batches]
+            assert len(batch.grids) == min(grids, len(sides) * len(batch.numbers))
+        sizes = [len(batch.numbers) for batch in micro_batches]
         assert sizes[:-1] == [micro_pairs] * (len(sizes) - 1)
         assert 1 <= sizes[-1] <= micro_pairs
         numbers = joined(numbers_of(micro_batches))

@@ -275,7 +275,7 @@ def example_batch(number: int) -> SimpleNamespace:
     tokens[:, 5] = 7
     mask = torch.zeros(16, 9, dtype=torch.bool)
     mask[:, 4:6] = True
-    return SimpleNamespace(tokens=tokens, mask=mask, pairs=torch.arange(8) + 8 * number)
+    return SimpleNamespace(tokens=tokens, mask=mask, numbers=torch.arange(8) + 8 * number)
 
 
 def test_the_example_in_the_docstring_trains_a_model_of_transformers():
@@ -327,7 +327,7 @@ def test_an_oracle_agrees_on_logps_loss_metrics_and_gradients(model):
     assert torch.equal(batch.reference, REFERENCE[:, numbers].flatten())
     logps = dpo.packed_logps(model, batch)
     metrics = dpo.dpo_metrics(logps, batch.reference, beta)
-    loss = metrics["loss"] + 0.3 * dpo.sft_loss(logps[:4], batch.response_tokens[:4])
+    loss = metrics["loss"] + 0.3 * dpo.sft_loss(logps[:4], batch.response_lengths[:4])
 
     rows = []
     expected_logps = oracle(model)
@@ -362,7 +362,7 @@ def test_an_oracle_agrees_on_logps_loss_metrics_and_gradients(model):
 
 def test_sft_reads_the_chosen_responses_alone(model):
     batch = data.pack(PAIRS, NUMBERS, sides=("chosen",))
-    found = dpo.sft_loss(dpo.packed_logps(model, batch), batch.response_tokens)
+    found = dpo.sft_loss(dpo.packed_logps(model, batch), batch.response_lengths)
     chosen, _ = oracle(model).chunk(2)
     lengths = torch.tensor([len(pair.chosen) for pair in PAIRS])
     torch.testing.assert_close(found, -chosen / lengths, rtol=1e-12, atol=0)
@@ -427,12 +427,12 @@ class Table(nn.Module):
 
 
 def table_batch(*numbers: int) -> SimpleNamespace:
-    return SimpleNamespace(pairs=torch.tensor(numbers))
+    return SimpleNamespace(numbers=torch.tensor(numbers))
 
 
 def table_loss(model: Table, batch: SimpleNamespace) -> dict[str, Tensor]:
-    policy = model.logps[:, batch.pairs].flatten()
-    reference = REFERENCE_TABLE[:, batch.pairs].flatten()
+    policy = model.logps[:, batch.numbers].flatten()
+    reference = REFERENCE_TABLE[:, batch.numbers].flatten()
     return dpo.dpo_metrics(policy, reference, beta=0.5)
 
 
@@ -519,7 +519,7 @@ class Slope(nn.Module):
 
 
 def slope_batch(*x: float) -> SimpleNamespace:
-    return SimpleNamespace(x=torch.tensor(x), pairs=torch.arange(len(x)))
+    return SimpleNamespace(x=torch.tensor(x), numbers=torch.arange(len(x)))
 
 
 def slope_loss(model: Slope, batch: SimpleNamespace) -> dict[str, Tensor]:
@@ -599,7 +599,7 @@ def test_a_loss_that_is_not_finite_makes_no_update():
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
 
     def hinge_of_nan(model: Table, batch: SimpleNamespace) -> dict[str, Tensor]:
-        policy = model.logps[:, batch.pairs].flatten()
+        policy = model.logps[:, batch.numbers].flatten()
         reference = torch.full((4,), math.nan)
         lengths = torch.ones(4, dtype=torch.int64)
         return {"loss": dpo.variant_loss(policy, reference, lengths, 0.5, "hinge")}

@@ -60,7 +60,7 @@ def given_batch(targets: Tensor, owner: Tensor) -> SimpleNamespace:
     """A batch whose predictions are all the hidden states of Given, in order."""
     return SimpleNamespace(tokens=None, positions=None, grids=None, cells=None,
                            predicts=torch.arange(len(targets)), targets=targets, owner=owner,
-                           response_tokens=owner.bincount())
+                           response_lengths=owner.bincount())
 
 
 @pytest.mark.parametrize("hidden_trains, head_trains", [(True, True), (True, False), (False, True)])

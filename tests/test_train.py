@@ -539,7 +539,7 @@ def test_no_pass_holds_more_pairs_than_micro_pairs(world, monkeypatch):
     sizes = []
 
     def packed_logps(model, batch, piece):
-        sizes.append(len(batch.pairs))
+        sizes.append(len(batch.numbers))
         return real(model, batch, piece)
     monkeypatch.setattr(dpo, "packed_logps", packed_logps)
     bytes_as_tokens(monkeypatch)

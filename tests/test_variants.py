@@ -53,14 +53,14 @@ def test_every_variant_agrees_with_the_formulas_of_trl(variant):
     torch.manual_seed(5)
     policy = 20 * torch.randn(18).double()
     reference = 20 * torch.randn(18).double()
-    chosen_tokens = torch.arange(1, 10)
-    rejected_tokens = torch.arange(10, 1, -1)
+    chosen_lengths = torch.arange(1, 10)
+    rejected_lengths = torch.arange(10, 1, -1)
     beta = 0.3
     smoothing = 0.2 if variant in dpo.USES_SMOOTHING else 0.0
 
     logits = (policy[:9] - policy[9:]) - (reference[:9] - reference[9:])
-    mean_logits = ((policy[:9] - reference[:9]) / chosen_tokens
-                   - (policy[9:] - reference[9:]) / rejected_tokens)
+    mean_logits = ((policy[:9] - reference[:9]) / chosen_lengths
+                   - (policy[9:] - reference[9:]) / rejected_lengths)
     expected = {
         "sigmoid": (-F.logsigmoid(beta * logits) * (1 - smoothing)
                     - F.logsigmoid(-beta * logits) * smoothing),
@@ -70,7 +70,7 @@ def test_every_variant_agrees_with_the_formulas_of_trl(variant):
         "ipo": (mean_logits - 1 / (2 * beta)) ** 2,
         "sigmoid_norm": -F.logsigmoid(beta * mean_logits),
     }
-    loss = dpo.variant_loss(policy, reference, torch.cat([chosen_tokens, rejected_tokens]), beta,
+    loss = dpo.variant_loss(policy, reference, torch.cat([chosen_lengths, rejected_lengths]), beta,
                             variant, smoothing)
     torch.testing.assert_close(loss, expected[variant])
 
