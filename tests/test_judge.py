@@ -695,6 +695,17 @@ def test_a_second_call_samples_only_new_prompts_and_other_weights(run, serve, we
     assert len(run.sampled) == 8 + 6
 
 
+def test_more_prompts_keep_the_answers_to_the_first(run, serve):
+    """40 prompts are blocks of 32 and 8; of 60, the second block has 28, and is sampled anew."""
+    server = serve()
+    server.say = people
+    for count in ("40", "60"):
+        assert run.judge(server, "--prompts", count) == 0
+    lines = judge.read_jsonl(run.results / "answers.jsonl")
+    prompts = [line["prompt"] for line in lines if line["model"] == "tuned"]
+    assert len(prompts) == len(set(prompts)) == 60
+
+
 def test_prompts_are_drawn_from_the_tests_of_the_run_each_once(run, tmp_path):
     options = json.loads((run.out / "config.json").read_text())["options"]
     prompts = [pair.prompt for pair in judge.drawn_pairs(options, 100, seed=0)]
