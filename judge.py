@@ -2,7 +2,7 @@
 
     python judge.py out --ask "How do I bake bread?"     the answers of all three models
     python judge.py out --blind                          you are the judge
-    python judge.py out                                  Llama 2 is the judge
+    python judge.py out                                  Llama 2 is the judge, behind a server
 
 "out" is the folder that a run of train.py wrote.
 
@@ -53,8 +53,8 @@ NAMES = {
 class Answer(NamedTuple):
     """A model's answer to a prompt."""
     prompt_ids: list[int]      # what the model read
-    ids: list[int]             # what it wrote, with end-of-text if it ended so
-    text: str                  # what a person reads of it
+    ids: list[int]             # all that it wrote, with what it ended with
+    text: str                  # the same without that, for a person
     end: str                   # "end-of-text", "next question" or "limit": how it ended
 
 
@@ -99,7 +99,8 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     is too long loses its beginning, as in training.
     """
     def asks_again(ids: list[int]) -> bool:            # ids: of the answer so far
-        # The last tokens are enough: HUMAN has at most as many tokens as characters.
+        # The last tokens are enough: HUMAN has at most as many tokens as characters. To decode all
+        # of them at each step would be slow.
         tail = encoding.decode(ids[-len(data.HUMAN):])
         return data.HUMAN in tail
 
@@ -176,7 +177,7 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
         block_sampling = sampling._replace(seed=sampling.seed + start)
         answers = sample(gpt2, encoding, block, max_prompt_tokens, block_sampling)
         for prompt, answer in zip(block, answers, strict=True):
-            if prompt in kept:                         # by an earlier call, with fewer prompts
+            if prompt in kept:                         # an earlier call with fewer prompts had it
                 continue
             kept[prompt] = answer
             append_jsonl(path, {"how": how, "model": name, "prompt": prompt,
@@ -186,7 +187,7 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
 
 def all_texts(folder: Path, options: dict, args: argparse.Namespace, names: Iterable[str] = NAMES
               ) -> tuple[dict[str, list[str]], dict[str, list[Answer]]]:
-    """Test prompts, and the answers to them of people and of the models in `names`.
+    """Test prompts, the data's two answers to each, and the answers of the models in `names`.
 
     Returns the texts, by "prompt", "chosen", "rejected" and the models' names; and the models'
     answers, by name.
@@ -258,14 +259,14 @@ def ask_for_line(prompt: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text, with "?" for control characters: they could move the cursor or color the screen."""
-    shown = ""
+    """The text, with "?" for what can't be printed, as it might steer the terminal."""
+    safe_text = ""
     for character in text:
         if character.isprintable() or character == "\n":
-            shown += character
+            safe_text += character
         else:
-            shown += "?"
-    return shown
+            safe_text += "?"
+    return safe_text
 
 
 # 3. Compare -------------------------------------------------------------------------------------
@@ -442,7 +443,7 @@ LETTER = {"type": "string", "enum": ["A", "B"]}
 REASON = {"type": "string"}
 
 REFUSED = (400, 413, 422)      # this question is too long or malformed; others may be answered
-PASSING = (408, 425, 429, 502, 503, 504)       # such faults may pass, so one asks again
+PASSING = (408, 425, 429, 502, 503, 504)       # time-outs, too many requests, still loading
 ADVICE = {
     401: "set JUDGE_API_KEY",
     403: "set JUDGE_API_KEY",
@@ -547,7 +548,7 @@ class Judge:
             "response_format": self.format,
         }
         try:
-            return self.session.post(self.url, json=body, timeout=(10, 300))
+            return self.session.post(self.url, json=body, timeout=(10, 300))  # to connect, to read
         except requests.RequestException as error:
             raise OSError(
                 f"{self.url}: no answer ({type(error).__name__}): start a server, as by `ollama "
@@ -645,9 +646,9 @@ COMPARISONS = (
 
 
 def longer_won(verdicts: list[Verdict], answers: list[str], others: list[str]) -> float | None:
-    """Of the decided verdicts, the share in which the longer answer (in characters) is better."""
+    """How often the longer answer, in characters, is better: of decided verdicts on two lengths."""
     longer_wins = 0
-    decided = 0
+    counted = 0
     for verdict, answer, other in zip(verdicts, answers, others, strict=True):
         if verdict.score == 1.0:
             winner, loser = answer, other
@@ -656,12 +657,12 @@ def longer_won(verdicts: list[Verdict], answers: list[str], others: list[str]) -
         else:
             continue
         if len(winner) != len(loser):
-            decided += 1
+            counted += 1
             if len(winner) > len(loser):
                 longer_wins += 1
-    if decided == 0:
+    if counted == 0:
         return None
-    return longer_wins / decided
+    return longer_wins / counted
 
 
 def doubts(agreement: dict, rates: list[dict]) -> list[str]:
@@ -693,7 +694,8 @@ def describe(answers: list[str]) -> dict[str, float]:
     """What answers show without a judge: their mean length in words, distinct-1 and distinct-2.
 
     distinct-n (Li et al. 2016, arXiv:1510.03055): of all n-grams of words, the share of distinct
-    ones. It falls when a model repeats itself, and when answers are longer or more.
+    ones. It falls when a model repeats itself, and also when there are more words in all: so
+    compare it between answers of about the same length.
     """
     words = []
     pairs_of_words = []
@@ -711,7 +713,7 @@ def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
     """log p(answer | prompt) in nats: the sum over all tokens of the answer, as it was sampled."""
     tokens = torch.tensor([answer.prompt_ids + answer.ids], device=gpt2.wte.weight.device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    mask[0, len(answer.prompt_ids):] = True            # each token of the answer is predicted
+    mask[0, len(answer.prompt_ids):] = True            # log p of these tokens is summed
     return dpo.sequence_logps(gpt2, tokens, mask).item()
 
 
@@ -720,7 +722,8 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
 
     The mean of log p_tuned(answer) - log p_sft(answer) over answers that the tuned model sampled at
     temperature 1 and top_p 1. (Times beta, this difference is the implicit reward of DPO.) It grows
-    with the length to which answers are cut. A single answer gives no interval.
+    with the length to which answers are cut, as each token adds its part. A single answer gives no
+    interval.
     """
     logps = {}
     for name in ("tuned", "sft"):

@@ -487,6 +487,24 @@ def test_only_what_is_to_train_has_trained(a_run):
         assert after["h.1.mlp.c_proj.weight"][64:].any()
 
 
+@pytest.mark.parametrize(("options", "expected"), [
+    ({"loss": "ipo", "beta": 0.2}, (0 - 1 / (2 * 0.2)) ** 2),  # the goal of ipo is 1 / (2 beta)
+    ({"loss": "hinge"}, 1.0),                                  # of a margin of 0
+    ({"sft_coef": 0.5}, None),                                 # ln 2, and half of the SFT loss
+], ids=str)
+def test_the_options_of_the_loss_reach_it(options, expected, world, monkeypatch):
+    """Told by the first validation of DPO, where the policy is the reference: all margins are 0."""
+    bytes_as_tokens(monkeypatch)
+    out = world / f"loss{options}"
+    assert train.main(argv(world, out, **BYTES, **options)) == 0
+    lines = lines_of(out)
+    first = of(lines, "dpo", "val")[0]
+    if expected is None:
+        expected = math.log(2) + 0.5 * of(lines, "sft", "val")[-1]["best"]
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+    assert first["rewards/accuracies"] == 0.5
+
+
 def test_own_pairs_train_too(world, capfd):
     """--pairs FILE: train, val and test are shares of it, and no file of hh-rlhf is opened."""
     assert train.main(argv(world, "own", pairs=world / "pairs.jsonl", hh_dir="nowhere",
