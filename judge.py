@@ -161,7 +161,7 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     how = {"weights": digest, "max_prompt_tokens": max_prompt_tokens, **sampling._asdict()}
     kept = {}
-    for line in read_jsonl(path):
+    for line in read_jsonl(path, "how", "prompt", "answer"):
         if line["how"] == how:
             kept[line["prompt"]] = Answer(**line["answer"])
 
@@ -181,7 +181,7 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
                 continue
             kept[prompt] = answer
             append_jsonl(path, {"how": how, "model": name, "prompt": prompt,
-                            "answer": answer._asdict()})
+                                "answer": answer._asdict()})
     return [kept[prompt] for prompt in prompts]
 
 
@@ -385,7 +385,7 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
     texts, _ = all_texts(folder, options, args, models)
     path = folder / "judge" / "blind.jsonl"
     kept = {}
-    for line in read_jsonl(path):
+    for line in read_jsonl(path, "prompt", "tuned", "other", "score"):
         kept[line["prompt"], line["tuned"], line["other"]] = line["score"]
 
     verdicts = []
@@ -468,7 +468,7 @@ class Judge:
         self.path = path
         self.answered = {}     # a line of the file for each question that was answered
         self.refusals = []     # why questions were refused in this run
-        for line in read_jsonl(path):
+        for line in read_jsonl(path, "judge", "question", "letter", "model", "cut"):
             if line["judge"] == name:
                 self.answered[line["question"]] = line
 
@@ -509,11 +509,12 @@ class Judge:
         if response.status_code != 200:
             raise self.fault(response)
         line = self.read(response, question)
-        if line["letter"] is None:
+        if line["letter"] is None:                     # versions: llama.cpp #12168, vllm #9900
             raise OSError(
                 f"{self.url}: the judge answered {line['text'][:200]!r}, expected JSON like "
-                f"{FORM}: the server seems to ignore response_format. Ollama has it from 0.5 on, "
-                f"vLLM from 0.6.4, llama.cpp's server from 2025, llama-cpp-python from 0.3")
+                f"{FORM}: the server seems to ignore response_format. Known to have it: Ollama "
+                f"from 0.5 on, llama.cpp's server since March 2025, vLLM after 0.6.3, "
+                f"llama-cpp-python 0.3")
 
     def question_of(self, prompt: str, a: str, b: str) -> str:
         """The question as the judge reads it."""
@@ -785,7 +786,7 @@ def examples(texts: dict[str, list[str]], count: int = 10) -> list[str]:
 def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
     """Let the judge compare, and write judge/report.md in the run's folder."""
     judge = Judge(args.url, args.judge, args.explain, folder / "judge" / "verdicts.jsonl")
-    judge.choose_format()                                     # before the long work
+    judge.choose_format()                              # before the long work
     texts, answers = all_texts(folder, options, args)
     verdicts = {}
     for name, other in COMPARISONS:
@@ -856,11 +857,11 @@ def notes(judge: Judge) -> list[str]:
 # 7. Files ----------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path: Path, *names: str) -> list[dict]:
     """The objects in a JSONL file; none if there is no file.
 
     A last line without an end, as a kill leaves it, is removed from the file, so that the next line
-    begins afresh. ValueError for a line that is no object.
+    begins afresh. ValueError for a line that is no object with these names.
     """
     if not path.exists():
         return []
@@ -874,9 +875,10 @@ def read_jsonl(path: Path) -> list[dict]:
             line = json.loads(text)
         except ValueError:
             line = None
-        if not isinstance(line, dict):
-            raise ValueError(f"{path}, line {number}: {text[:80]!r}, expected a JSON object: "
-                             f"delete that line")
+        if not isinstance(line, dict) or not set(names) <= line.keys():
+            raise ValueError(f"{path}, line {number}: {text[:80]!r}, expected a JSON object with "
+                             f"{', '.join(names)}: delete that line, or move the file away if "
+                             f"another edition of this code wrote it")
         lines.append(line)
     return lines
 
@@ -968,7 +970,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse(argv))
     except KeyboardInterrupt:
-        print("stopped; answers and verdicts so far are kept", file=sys.stderr)
+        print("stopped; verdicts so far are kept", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
         print("error ", " ".join(str(error).split()), file=sys.stderr)

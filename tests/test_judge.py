@@ -640,11 +640,32 @@ def test_a_demo_needs_no_judge(run, serve, capsys):
     assert server.asked == []
 
 
+GOOD_VERDICT = b'{"judge": "x", "question": "y", "letter": "A", "model": "x", "cut": false}\n'
+
+
 def test_a_damaged_line_is_named(run, serve, capsys):
     run.results.mkdir()
     (run.results / "verdicts.jsonl").write_bytes(b'{"judge": "x", "question": "y"}\n{oh\n')
     error = fails(run, serve(), capsys)
+    assert "verdicts.jsonl, line 1: b'{\"judge\": \"x\"" in error
+    (run.results / "verdicts.jsonl").write_bytes(GOOD_VERDICT + b"{oh\n")
+    error = fails(run, serve(), capsys)
     assert "verdicts.jsonl, line 2: b'{oh', expected a JSON object" in error
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "blind.jsonl", "verdicts.jsonl"])
+def test_a_file_of_another_edition_is_one_line_that_names_it(name, run, serve, capsys):
+    """The first edition's lines had other names: no traceback, and nothing is overwritten."""
+    old = b'{"order": "chosen / rejected", "prompt": "Hi", "letter": "A"}\n'
+    run.results.mkdir()
+    (run.results / name).write_bytes(old)
+    words = ["--blind"] if name == "blind.jsonl" else []
+    assert run.judge(serve(), *words) == 2
+    error = capsys.readouterr().err
+    assert f"{name}, line 1: " in error
+    assert "another edition" in error
+    assert error.count("\n") == 1
+    assert (run.results / name).read_bytes() == old
 
 
 # 5. Answers -------------------------------------------------------------------------------------
