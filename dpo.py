@@ -230,11 +230,11 @@ LossFunction = Callable[[nn.Module, object], dict[str, Tensor]]
 
 
 def mean_over_pairs(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each metric over the pairs of all parts: tensors (), without gradient."""
+    """The mean of each metric over the pairs of all parts: tensors ()."""
     means = {}
     for name in parts[0]:
         values = torch.cat([part[name] for part in parts])        # (pairs of all parts,)
-        means[name] = values.detach().mean()
+        means[name] = values.mean()
     return means
 
 
@@ -271,7 +271,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
         # By the pairs of the whole update: a short micro-batch must not weigh like a full one.
         loss = metrics["loss"].sum() / pair_count
         scaler.scale(loss).backward()                  # adds to the gradients that are there
-        parts.append(metrics)
+        parts.append({name: value.detach() for name, value in metrics.items()})
 
     scaler.unscale_(optimizer)                         # gradients back to their true size
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
