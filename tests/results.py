@@ -17,7 +17,6 @@ Read from top to bottom:
 import argparse
 import csv
 import gzip
-import hashlib
 import json
 import math
 import os
@@ -82,12 +81,12 @@ def clean_pool(hh_dir: Path) -> dict[str, list[data.Pair]]:
 
 
 def fold_of(pair: data.Pair) -> int:
-    """The fold in which this pair is tested. Equal prompts are in one fold.
+    """The fold in which this pair is tested, from 0 to FOLDS - 1. Equal prompts are in one fold.
 
-    data.fraction_of would not do: data.split takes the validation pairs by it.
+    "fold" is put before the prompt, as data.split takes the validation pairs by the prompt's own
+    fraction: without it, all validation pairs would be of fold 0.
     """
-    digest = hashlib.sha256(f"fold {pair.prompt}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % FOLDS
+    return int(data.fraction_of(f"fold {pair.prompt}") * FOLDS)
 
 
 def write_fold(pool: dict[str, list[data.Pair]], fold: int, folder: Path) -> None:
