@@ -241,14 +241,13 @@ def trained_parameters(sft: Path, options: dict) -> int:
 
 
 def dpo_row(folder: Path, sft: Path, name: str, options: dict, start: dict, sampled: bool,
-            pairs: list[data.Pair], reference: torch.Tensor | None) -> dict:
+            pairs: list[data.Pair]) -> dict:
     """Train, test again pair by pair, and look at sampled answers."""
     out = folder / re.sub(r"\W+", "_", name)
     line = {"row": name} | train_once({"hh_dir": folder / "hh", "subsets": ",".join(SUBSETS),
                                        "out": out} | start | options)
     policy, _ = logps_of(out / "best", pairs)
-    if reference is None:
-        reference, _ = logps_of(sft, pairs)
+    reference, _ = logps_of(sft, pairs)
     margins = (policy[0] - reference[0]) - (policy[1] - reference[1])
     line["scores"] = scores_of(margins.tolist())
     if options.get("loss", "sigmoid") == "sigmoid":
@@ -299,14 +298,13 @@ def measure(args: argparse.Namespace) -> None:
         rows = dict(ROWS)
         if fold == 0:
             rows |= FURTHER
-        reference = None
         for name, options in rows.items():
             if name in done or not re.search(args.only, name):
                 continue
             start = {"model": args.model}
             if name != ADAPTERS:
                 start = {"model": sft, "sft_epochs": 0}
-            line = dpo_row(folder, sft, name, options, start, fold == 0, pairs, reference)
+            line = dpo_row(folder, sft, name, options, start, fold == 0, pairs)
             append_csv(CSV, FIELDS, shared | {"fold": fold} | line)
         if "the longer answer" not in done and sft.exists():
             for line in baselines(sft, pairs, kinds):
