@@ -271,6 +271,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
         # By the pairs of the whole update: a short micro-batch must not weigh like a full one.
         loss = metrics["loss"].sum() / pair_count
         scaler.scale(loss).backward()                  # adds to the gradients that are there
+        # Without its graph, which is used up now.
         parts.append({name: value.detach() for name, value in metrics.items()})
 
     scaler.unscale_(optimizer)                         # gradients back to their true size
