@@ -1,12 +1,12 @@
 """Is the tuned model better? Ask it, compare blindly yourself, or let Llama 2 compare.
 
-    python judge.py out --ask "How do I bake bread?"     the answers of all three models
+    python judge.py out --ask "How do I bake bread?"     the answers of each model
     python judge.py out --blind                          you are the judge
     python judge.py out                                  Llama 2 is the judge, behind a server
 
 "out" is the folder that a run of train.py wrote.
 
-DPO itself is in dpo.py and train.py. Here one looks at what came of it. Read from top to bottom:
+DPO itself is in dpo.py and train.py. This file measures what came of it. Read from top to bottom:
 
 1. answers           the untuned model, the SFT model and the tuned model answer the same prompts
 2. ask               --ask shows the answers
@@ -53,8 +53,8 @@ NAMES = {
 class Answer(NamedTuple):
     """A model's answer to a prompt."""
     prompt_ids: list[int]      # what the model read
-    ids: list[int]             # all that it wrote, with what it ended with
-    text: str                  # the same without that, for a person
+    ids: list[int]             # every sampled token, including the end-of-text or next "Human:"
+    text: str                  # decoded, without that ending
     end: str                   # "end-of-text", "next question" or "limit": how it ended
 
 
@@ -99,9 +99,9 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     is too long loses its beginning, as in training.
     """
     def asks_again(ids: list[int]) -> bool:            # ids: of the answer so far
-        # The last tokens are enough: HUMAN has at most as many tokens as characters. To decode all
-        # of them at each step would be slow.
-        tail = encoding.decode(ids[-len(data.HUMAN):])
+        # The last tokens are enough. To decode all of them at each step would be slow.
+        most_tokens = len(data.HUMAN)                  # each token of HUMAN has a character or more
+        tail = encoding.decode(ids[-most_tokens:])
         return data.HUMAN in tail
 
     # An answer gets at most half of the context, and the prompt at most what is left.
@@ -134,7 +134,8 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
     """
     pairs = []
     if options["pairs"]:
-        # Of one's own pairs, split cuts a part off for the test, the same one as for training.
+        # Own pairs come without a test file, so split holds a part out: the same that train.py
+        # held out, so none of these pairs was trained on.
         own_pairs, _ = data.read_pairs(options["pairs"])
         splits, _ = data.split(own_pairs, test=[], share=options["val_share"])
         pairs = splits["test"]
@@ -173,11 +174,13 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
             continue
         if gpt2 is None:
             gpt2 = load(weights)
-        # With one seed, all blocks would draw the same random numbers.
+        # A seed for each block: with one, all blocks would draw the same random numbers.
         block_sampling = sampling._replace(seed=sampling.seed + start)
         answers = sample(gpt2, encoding, block, max_prompt_tokens, block_sampling)
         for prompt, answer in zip(block, answers, strict=True):
-            if prompt in kept:                         # an earlier call with fewer prompts had it
+            # An earlier call with fewer prompts may have had a part of this block. The block was
+            # sampled whole, which is simplest. The answers that were kept stay.
+            if prompt in kept:
                 continue
             kept[prompt] = answer
             append_jsonl(path, {"how": how, "model": name, "prompt": prompt,
@@ -194,8 +197,10 @@ def all_texts(folder: Path, options: dict, args: argparse.Namespace, names: Iter
     """
     encoding = data.encoding_of(demo=False)
     pairs = drawn_pairs(options, args.prompts, args.seed)
-    questions = [pair.prompt.removeprefix(data.HUMAN).removesuffix(data.ASSISTANT).strip()
-                 for pair in pairs]                    # data.py keeps only pairs of one question
+    questions = []
+    for pair in pairs:         # data.py has dropped dialogues of several questions
+        question = pair.prompt.removeprefix(data.HUMAN).removesuffix(data.ASSISTANT)
+        questions.append(question.strip())
     texts = {
         "prompt": questions,
         "chosen": [pair.chosen.strip() for pair in pairs],
@@ -225,6 +230,7 @@ def ask(paths: dict[str, Path], encoding: tiktoken.Encoding, questions: list[str
         gpt2 = load(path)
         answers[name] = []
         # One by one, each from the same seed: so an answer doesn't depend on the other questions.
+        # That they all use the same random numbers does no harm here.
         for prompt in prompts:
             answers[name] += sample(gpt2, encoding, [prompt], max_prompt_tokens, sampling)
         del gpt2
@@ -277,11 +283,12 @@ JudgeFunction = Callable[[str, str, str], str | None]  # (prompt, reply A, reply
 class Verdict(NamedTuple):
     """What a judge says about two answers to a prompt.
 
-    The score is None if a letter can't be read. There are no letters where nobody was asked, as the
-    answers are equal, and none of a person, who is asked in one order.
+    score is None if a letter can't be read, or if the server refused a question. letters: what the
+    judge said when the first answer was A, then when it was B. They are () for equal answers, about
+    which nobody is asked, and for a person, who is asked in one order.
     """
     score: float | None        # 1: the first is better; 0: the second; 1/2: a draw; or None
-    letters: tuple             # the judge's, with the first answer as A, then as B; or ()
+    letters: tuple[str | None, ...]
 
 
 def compare(judge: JudgeFunction, prompt: str, answer: str, other: str) -> Verdict:
@@ -332,8 +339,10 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
         if key == "":
             return 0.5
         if key in ("a", "b"):
-            winner = a if key == "a" else b
-            return 1.0 if winner == answer else 0.0
+            chose_a = key == "a"
+            if chose_a == answer_is_a:
+                return 1.0
+            return 0.0
 
 
 # 4. Win rate ------------------------------------------------------------------------------------
@@ -361,7 +370,8 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
         "unreadable": unreadable,
         "letter A": None,
     }
-    # If the judge was asked and never read, the draws between equal answers say nothing of it.
+    # Say 3 pairs of answers are equal, and the judge can't be read on the other 97. The 3 draws
+    # would give a rate of 0.5, which nobody judged.
     asked = [verdict for verdict in verdicts if verdict.letters]
     never_read = len(asked) > 0 and all(verdict.score is None for verdict in asked)
     if scores and not never_read:
@@ -401,7 +411,7 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
                 break
             append_jsonl(path, {"prompt": prompt, "tuned": tuned, "other": other,
                                 "score": score})
-        verdicts.append(Verdict(score, ()))
+        verdicts.append(Verdict(score, ()))            # a person gives no letters
 
     rate = win_rate(verdicts)
     if rate["rate"] is None:
@@ -443,7 +453,7 @@ LETTER = {"type": "string", "enum": ["A", "B"]}
 REASON = {"type": "string"}
 
 REFUSED = (400, 413, 422)      # this question is too long or malformed; others may be answered
-PASSING = (408, 425, 429, 502, 503, 504)       # time-outs, too many requests, still loading
+PASSING = (408, 425, 429, 502, 503, 504)       # a server that is busy, loading, or restarting
 ADVICE = {
     401: "set JUDGE_API_KEY",
     403: "set JUDGE_API_KEY",
@@ -487,8 +497,9 @@ class Judge:
         self.session = requests.Session()
         if self.key:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
-        # Ask again after 0, 2, 4, 8, 16 and 32 seconds, or when Retry-After says. But not where the
-        # server is away, and not after a time-out: it would still compute the first answer.
+        # After an answer with a status of PASSING, ask again: after 0, 2, 4, 8, 16 and 32 seconds,
+        # or when Retry-After says. Not where the server is away, and not after our own time-out:
+        # the server would still be computing.
         again = adapters.Retry(
             total=6, connect=0, read=0, other=0,
             status_forcelist=PASSING,
@@ -509,7 +520,7 @@ class Judge:
         if response.status_code != 200:
             raise self.fault(response)
         line = self.read(response, question)
-        if line["letter"] is None:                     # versions: llama.cpp #12168, vllm #9900
+        if line["letter"] is None:
             raise OSError(
                 f"{self.url}: the judge answered {line['text'][:200]!r}, expected JSON like "
                 f"{FORM}: the server seems to ignore response_format. Known to have it: Ollama "
@@ -630,7 +641,8 @@ def without_marks(text: str) -> str:
 
     They are [INST] [/INST] <<SYS>> <</SYS>> <s> </s>.
 
-    A lone surrogate, half a character as JSON may hold it, becomes "?": some servers refuse it.
+    With [/INST] in it, a reply could end the question. A lone surrogate, half a character as JSON
+    may hold it, becomes "?": some servers refuse it.
     """
     text = re.sub(r"(?i)\[/?INST\]|<</?SYS>>|</?s>", " ", text)
     return text.encode("utf-8", "replace").decode().strip()
@@ -647,7 +659,10 @@ COMPARISONS = (
 
 
 def longer_won(verdicts: list[Verdict], answers: list[str], others: list[str]) -> float | None:
-    """How often the longer answer, in characters, is better: of decided verdicts on two lengths."""
+    """Of decided verdicts on answers of different length: how often the longer one is better.
+
+    Length is in characters. None if there are no such verdicts.
+    """
     longer_wins = 0
     counted = 0
     for verdict, answer, other in zip(verdicts, answers, others, strict=True):
@@ -667,7 +682,9 @@ def longer_won(verdicts: list[Verdict], answers: list[str], others: list[str]) -
 
 
 def doubts(agreement: dict, rates: list[dict]) -> list[str]:
-    """Why the rates should not be believed, as far as the numbers show it. The limits are ours.
+    """Why the rates should not be believed, as far as the numbers show it.
+
+    The limits of 0.1, 0.5 and 0.9 are our choice.
 
     agreement: the rate of chosen against rejected. rates: those of all comparisons.
     """
@@ -714,7 +731,8 @@ def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
     """log p(answer | prompt) in nats: the sum over all tokens of the answer, as it was sampled."""
     tokens = torch.tensor([answer.prompt_ids + answer.ids], device=gpt2.wte.weight.device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    mask[0, len(answer.prompt_ids):] = True            # log p of these tokens is summed
+    # The log-probabilities of these tokens are summed; each is predicted one place before its own.
+    mask[0, len(answer.prompt_ids):] = True
     return dpo.sequence_logps(gpt2, tokens, mask).item()
 
 
@@ -722,15 +740,16 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text.
 
     The mean of log p_tuned(answer) - log p_sft(answer) over answers that the tuned model sampled at
-    temperature 1 and top_p 1. (Times beta, this difference is the implicit reward of DPO.) It grows
-    with the length to which answers are cut, as each token adds its part. A single answer gives no
-    interval.
+    temperature 1 and top_p 1. (Times beta, this difference is DPO's implicit reward, up to a term
+    that depends on the prompt alone.) The KL grows with the length to which answers are cut, as
+    each token adds its part. A single answer gives no interval.
     """
     logps = {}
     for name in ("tuned", "sft"):
         gpt2 = load(paths[name])
         tracked = data.track(answers, f"log-probabilities by {name}", len(answers), "answers")
         logps[name] = [answer_logp(gpt2, answer) for answer in tracked]
+        del gpt2                                       # one model at a time in memory
     log_ratios = [tuned - sft for tuned, sft in zip(logps["tuned"], logps["sft"], strict=True)]
     mean = statistics.fmean(log_ratios)
     if len(log_ratios) < 2:
@@ -941,7 +960,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """How the options say that answers are sampled."""
-    return Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
+    return Sampling(temperature=args.temperature, top_p=args.top_p,
+                    max_tokens=args.max_new_tokens, seed=args.seed)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -970,7 +990,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse(argv))
     except KeyboardInterrupt:
-        print("stopped; verdicts so far are kept", file=sys.stderr)
+        print("stopped; if there were verdicts, they are kept", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
         print("error ", " ".join(str(error).split()), file=sys.stderr)
