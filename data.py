@@ -190,7 +190,7 @@ def fraction_of(prompt: str) -> float:
 
     Python's own hash() would not do: it is another one in each process.
     """
-    # JSON may hold a lone surrogate, half a character. UTF-8 can't, but for "surrogatepass".
+    # JSON may hold a lone surrogate, half a character. UTF-8 refuses it without "surrogatepass".
     digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -209,10 +209,10 @@ def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
              max_prompt_tokens: int) -> tuple[list[TokenPair], Counter]:
     """The ids of the pairs; and how many pairs were "cut", or dropped as "equal after cutting".
 
-    A prompt that is too long loses its beginning, before one looks at the responses: so both have
-    the same prompt. Each response may then fill what is left of max_tokens. A response that is too
-    long loses its end and has no end-of-text token, as it does not end there. A "<|endoftext|>"
-    that somebody has typed stays text.
+    A prompt that is too long loses its beginning. It is cut first, so both responses share it. Each
+    response may then fill what is left of max_tokens. A response that is too long loses its end and
+    has no end-of-text token, as it does not end there. A "<|endoftext|>" that somebody has typed
+    stays text.
 
     Raises ValueError unless 0 < max_prompt_tokens < max_tokens.
     """
@@ -397,9 +397,9 @@ def make_grids(rows: list[np.ndarray], length: int,
     nothing reads it. Rows of 2, 3 and 40 tokens fill 3 x 40 cells of one grid, but 2 x 3 and 1 x 40
     cells of two.
 
-    A prompt's tokens have the same results in both of their rows: no token sees what comes later.
-    Either may be taken, and feeds both responses from there on: a prompt's token stands in the line
-    only once.
+    For DPO a prompt stands in two rows. Its tokens have the same results in both: no token sees
+    what comes later. Either may be taken, and feeds both responses from there on: a prompt's token
+    stands in the line only once.
     """
     order = np.arange(len(rows))
     if count > 1:
@@ -413,8 +413,8 @@ def make_grids(rows: list[np.ndarray], length: int,
         for i, number in enumerate(group):
             row = rows[number]
             grid[i, :len(row)] = row
-            # The cells of this row begin at row_start. A prompt stands in two rows: the later row
-            # overwrites the cells that the earlier one wrote.
+            # The cells of this row begin at row_start. Where a prompt stands in two rows, the later
+            # row overwrites what the earlier one wrote.
             row_start = first_cell + i * width
             for t, place in enumerate(row):
                 cells[place] = row_start + t
@@ -655,9 +655,10 @@ def download(url: str, path: str | Path, sha256: str = "", tries: int = 5) -> Pa
 
     A try that breaks off is made again, from the byte where it broke, until `tries` in a row have
     brought nothing new. Then OSError is raised; <path>.part stays, and the next call goes on from
-    it. OSError is raised at once for what does not pass: a wrong address, or content of a wrong
-    size or hash. sha256: the hash that the file must have, in hexadecimal digits; if left out, the
-    one that the hub tells. The file has its name only when it is whole and has been checked.
+    it. OSError is raised at once for what does not pass: a wrong address, or a file of a wrong size
+    or hash that came in one try. (What came in several is deleted, and tried again as a whole.)
+    sha256: the hash that the file must have, in hexadecimal digits; if left out, the one that the
+    hub tells. The file has its name only when it is whole and has been checked.
     """
     path = Path(path)
     if path.exists():

@@ -251,7 +251,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
 
     micro_batches: the parts of one batch, small enough to go through the model one at a time.
     Each is any object with `numbers` (B,). Their gradients add up, so the update is that of one
-    pass.
+    pass. Of the numbers only their count is used.
     loss_function(model, batch): a dict of (B,) tensors, "loss" among them, as dpo_metrics returns.
     max_norm: a longer gradient is shortened to this length.
     scaler: for float16, whose small gradients would become 0. It multiplies the loss by a large
@@ -262,13 +262,14 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     optimizer stay as they were, and "skipped" is 1.
     """
     if scaler is None:
-        scaler = torch.amp.GradScaler(enabled=False)   # its step is optimizer.step() alone
+        scaler = torch.amp.GradScaler(enabled=False)   # only its step does something: the update
 
     pair_count = sum(len(batch.numbers) for batch in micro_batches)
     parts = []
     for batch in micro_batches:
         metrics = loss_function(model, batch)
-        # By the pairs of the whole update: a short micro-batch must not weigh like a full one.
+        # Divided by the pairs of the whole update: a short micro-batch must not weigh like a full
+        # one.
         loss = metrics["loss"].sum() / pair_count
         scaler.scale(loss).backward()                  # adds to the gradients that are there
         # Without its graph, which is used up now.
@@ -428,7 +429,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
 
     # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. They lie near 0 when the head's
     # mean row is subtracted from all of its rows. The V logits of a prediction then all fall by one
-    # number, hidden . mean. No softmax changes by that, so the mean needs no gradient.
+    # number, hidden . mean. No softmax changes by that, so the derivative by the mean is 0: detach.
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
     head = head - head.detach().mean(0)
 
@@ -448,7 +449,7 @@ class TargetLogps(torch.autograd.Function):
     """log p of each target token, (M,), without keeping logits for the backward pass.
 
     hidden (M, C), head (V, C), targets (M,) int64. Logits exist for `piece` predictions at a
-    time. But for memory, this is the same as three lines. Read them in its place, and skip the
+    time. Apart from memory, this equals three lines. Read them in its place, and skip the
     rest of this class at first reading:
 
         log_softmax = at_least_float32(hidden @ head.T).log_softmax(-1)
@@ -549,7 +550,7 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
     if variant == "ipo":
         # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the log-ratios has a
         # goal, 1 / (2 beta), in place of growing without end. The paper has sums over tokens. Like
-        # trl, we take means, so beta is the price of a nat a token here.
+        # trl, we take means, so the goal is in nats a token here.
         return (difference_of_means - 1 / (2 * beta)) ** 2
 
     if variant == "hinge":

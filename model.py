@@ -186,8 +186,8 @@ class GPT2(nn.Module):
 
         tokens (N,) int64: one line of tokens. positions (N,) int64: of each token in its row.
         grids: (R, T) int64 each; grids[g][r, t] says which of the N tokens is the t-th of row r. A
-        prompt's tokens stand in two rows. Padding, on the right of a row, is any token: the real
-        tokens of the row don't see it.
+        prompt's tokens stand in a row for each response. Padding, on the right of a row, is any
+        token: the real tokens of the row don't see it.
         cells (N,) int64: where a token's result is found, among the R * T cells of all grids.
         """
         x = self.wte(tokens) + self.wpe(positions)     # (N, C)
@@ -391,7 +391,7 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
     "none": no adapter. All weights train.
 
     Random weights are drawn from torch's global generator. Raises ValueError for another kind, init
-    or width, and for a model that has adapters already.
+    or width, and for a model that has parallel adapters already.
     """
     config = model.config
     if kind not in ADAPTERS or init not in ADAPTER_INITS:

@@ -108,7 +108,8 @@ class Config:
     vals_per_epoch: int = option(4, "validations in an epoch, at most; there is one before the "
                                     "first update, too, and always one after the last")
     patience: int = option(4, "training ends after so many validations in a row without a lower "
-                              "loss; with the defaults it can't end a run early")
+                              "loss; with the defaults at most four follow the first, so it "
+                              "can't end a run early")
     log_every: int = option(10, "updates between two lines of the log")
     save_every: int = option(100, "updates between two saves; there is one before each validation")
 
@@ -199,7 +200,7 @@ def train(config: Config) -> int:
 
     # SFT: all weights learn to write like the chosen answers. With 0 epochs the model is only
     # validated, and saved. If DPO is resumed, SFT was done before the stop. (A run that is killed
-    # between the two resumes SFT at its end: it makes the last validation once more.)
+    # between SFT and DPO resumes SFT at its end: it makes the last validation once more.)
     if not resumes_dpo:
         if config.adapter == "replace":                # now: the reference has it, too
             add_adapters(model, "replace", config.adapter_width, config.adapter_init)
@@ -391,7 +392,7 @@ def mean_metrics(window: list[dict[str, float]]) -> dict[str, float]:
 
 
 def choose_machine(config: Config) -> Machine:
-    """The accelerator if there is one, and the fastest number format that it computes natively."""
+    """The accelerator if there is one, and a number format that is known to be fast on it."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if config.dtype != "auto":
         dtype = getattr(torch, config.dtype)
