@@ -159,15 +159,15 @@ def as_dialogue(prompt: str) -> str:
     return "\n\n" + prompt + ASSISTANT
 
 
-def split(pairs: list[Pair], test: list[Pair],
-          share: float) -> tuple[dict[str, list[Pair]], Counter]:
+def split(pairs: list[Pair], test: list[Pair], val_share: float,
+          test_share: float) -> tuple[dict[str, list[Pair]], Counter]:
     """The splits "train", "val" and "test", and how many pairs were dropped.
 
-    About `share` of the prompts go to val. If `test` is empty, another `share` of them go to test.
-    The hash of a prompt decides, so equal prompts are never in two splits, in whatever order the
-    pairs come and on whatever machine. If rows were drawn instead, a prompt that has several pairs
-    would be trained on and tested on. For the same reason a pair whose prompt stands in `test` is
-    dropped from the others, and counted.
+    About val_share of the prompts go to val. If `test` is empty, test_share of them go to test. The
+    hash of a prompt decides, so equal prompts are never in two splits, in whatever order the pairs
+    come and on whatever machine. If rows were drawn instead, a prompt that has several pairs would
+    be trained on and tested on. For the same reason, of the other pairs those whose prompt stands
+    in `test` are dropped, and counted.
     """
     splits = {"train": [], "val": [], "test": list(test)}
     dropped = Counter({"prompt is in test": 0})
@@ -176,9 +176,9 @@ def split(pairs: list[Pair], test: list[Pair],
         fraction = fraction_of(pair.prompt)
         if pair.prompt in test_prompts:
             dropped["prompt is in test"] += 1
-        elif fraction < share:
+        elif fraction < val_share:
             splits["val"].append(pair)
-        elif not test and fraction < 2 * share:
+        elif not test and fraction < val_share + test_share:
             splits["test"].append(pair)
         else:
             splits["train"].append(pair)
@@ -564,7 +564,7 @@ def lock(file: BinaryIO, wait: bool = True) -> bool:
 
 
 # train.py writes a run's folder, judge.py reads it. Both need these two, so they stand here.
-RUN_FORMAT = 2                     # of a run's folder, in case a later edition changes it
+RUN_FORMAT = 3                     # of a run's folder, in case a later edition changes it
 
 
 def read_run(folder: str | Path) -> dict:
@@ -598,6 +598,7 @@ def read_run(folder: str | Path) -> dict:
 # The revisions of gpt2 and of hh-rlhf are pinned, so that results do not change under a reader. So
 # are the hashes of some files. For the others, the hash that the hub tells is checked.
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M, 1.6B parameters
 MODEL_REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}  # others: main
 HH_REVISION = "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
@@ -618,14 +619,15 @@ SHA256 = {
 def fetch_model(name_or_path: str | Path) -> Path:
     """The folder of a model: models/<name> for one of MODELS, downloaded where it is missing.
 
-    Any other path, and one that exists, is returned as it is.
+    Any other path, and one that exists, is returned as it is. The tokenizer's files are small. This
+    project does not read them: they are for others, see train.save_tokenizer.
     """
     name = str(name_or_path)
     if Path(name).exists() or name not in MODELS:
         return Path(name)
     folder = Path("models", name)
     revision = MODEL_REVISIONS.get(name, "main")
-    for file in ("config.json", "model.safetensors"):
+    for file in ("config.json", "model.safetensors", *TOKENIZER_FILES):
         url = f"{hub()}/openai-community/{name}/resolve/{revision}/{file}"
         download(url, folder / file, SHA256.get(f"{name}/{file}", ""))
     return folder

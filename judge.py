@@ -137,7 +137,7 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
         # Own pairs come without a test file, so split holds a part out: the same that train.py
         # held out, so none of these pairs was trained on.
         own_pairs, _ = data.read_pairs(options["pairs"])
-        splits, _ = data.split(own_pairs, test=[], share=options["val_share"])
+        splits, _ = data.split(own_pairs, [], options["val_share"], options["test_share"])
         pairs = splits["test"]
     else:
         for path in data.fetch_hh(options["hh_dir"], options["subsets"].split(","), "test"):

@@ -664,6 +664,7 @@ def save_pretrained(model: GPT2, folder: str | Path) -> None:
     config |= asdict(model.config)
     config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end_of_text,
                "eos_token_id": end_of_text,
+               "n_ctx": model.config.n_positions,      # its older name, which some readers expect
                "dtype": str(model.wte.weight.dtype).removeprefix("torch.")}
 
     folder = Path(folder)

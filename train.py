@@ -73,8 +73,9 @@ class Config:
                         ("auto", "float32", "bfloat16", "float16"))
     max_tokens: int = option(512, "longest prompt with one answer; a longer answer is cut")
     max_prompt_tokens: int = option(256, "longest prompt; a longer one loses its beginning")
-    val_share: float = option(0.05, "share of the prompts for validation; of your own pairs, as "
-                                    "much again is for the test")
+    val_share: float = option(0.05, "share of the prompts for validation")
+    test_share: float = option(0.2, "share of the prompts of your own pairs for the test; hh-rlhf "
+                                    "has files of its own for that")
 
     # What trains
     adapter: str = option("parallel", "parallel: a small MLP beside each MLP, which alone trains "
@@ -96,7 +97,8 @@ class Config:
     # The updates
     sft_epochs: int = option(1, "passes over the pairs in SFT; 0: no SFT")
     sft_lr: float = option(5e-5, "highest learning rate of SFT")
-    epochs: int = option(1, "passes over the pairs in DPO, at most")
+    epochs: int = option(0, "passes over the pairs in DPO, at most; 0: as many as come nearest to "
+                            "250 updates, from 1 to 10 passes")
     lr: float = option(0.0, "highest learning rate of DPO; 0: 1e-4 for parallel adapters, else "
                             "1e-6, which is the paper's")
     warmup_share: float = option(0.1, "share of the updates in which the rate grows to its highest")
@@ -107,9 +109,8 @@ class Config:
     # Validations, log lines, saves
     vals_per_epoch: int = option(4, "validations in an epoch, at most; there is one before the "
                                     "first update, too, and always one after the last")
-    patience: int = option(4, "training ends after so many validations in a row without a lower "
-                              "loss; with the defaults at most four follow the first, so it "
-                              "can't end a run early")
+    patience: int = option(4, "training ends early after so many validations in a row without a "
+                              "lower loss")
     log_every: int = option(10, "updates between two lines of the log")
     save_every: int = option(100, "updates between two saves; there is one before each validation")
 
@@ -117,7 +118,7 @@ class Config:
         if self.lr == 0:                               # in a frozen dataclass, a field is set so
             object.__setattr__(self, "lr", 1e-4 if self.adapter == "parallel" else 1e-6)
 
-        may_be_0 = ("seed", "sft_epochs", "sft_coef", "label_smoothing", "warmup_share")
+        may_be_0 = ("seed", "sft_epochs", "epochs", "sft_coef", "label_smoothing", "warmup_share")
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.type not in (int, float):
@@ -126,8 +127,9 @@ class Config:
                 raise ValueError(f"--{setting.name} is {value}, expected a number, 0 or more")
             if value == 0 and setting.name not in may_be_0:
                 raise ValueError(f"--{setting.name} is 0, expected a number above 0")
-        if self.val_share >= 0.5:
-            raise ValueError(f"--val_share is {self.val_share}, expected a share below 0.5")
+        if self.val_share + self.test_share >= 1:
+            raise ValueError(f"--val_share is {self.val_share}, and --test_share {self.test_share}: "
+                             f"expected less than 1 together, so that pairs are left for training")
         if self.seed >= 2**63:
             raise ValueError(f"--seed is {self.seed}, expected a number below 2**63")
         if self.warmup_share >= 1:
@@ -145,7 +147,8 @@ class Config:
 
 # The demo's own defaults.
 DEMO = {"out": "out/demo", "dtype": "float32", "max_tokens": 100, "max_prompt_tokens": 60,
-        "beta": 1.0, "val_share": 0.1, "sft_epochs": 2, "sft_lr": 2e-3, "lr": 5e-4}
+        "beta": 1.0, "val_share": 0.1, "test_share": 0.1, "sft_epochs": 2, "sft_lr": 2e-3,
+        "epochs": 1, "lr": 5e-4}
 
 # 2. The recipe ----------------------------------------------------------------------------------
 
@@ -209,6 +212,7 @@ def train(config: Config) -> int:
             sft_splits = half_swapped(splits)
         fit(config, machine, run, "sft", model, sft_loss_function, sft_splits,
             peak_lr=config.sft_lr, epochs=config.sft_epochs, sides=("chosen",))
+        save_tokenizer(config, run.folder / "sft")
     model = GPT2.from_pretrained(run.folder / "sft").to(machine.device)      # the best weights
 
     # The reference is this model. It is asked once about every pair. What it said goes into each
@@ -235,8 +239,10 @@ def train(config: Config) -> int:
     print_model(model, machine)
 
     # DPO.
+    epochs = config.epochs or epochs_for(len(splits["train"]), config.batch_pairs)
     state = fit(config, machine, run, "dpo", model, dpo_loss_function, splits, reference,
-                peak_lr=config.lr, epochs=config.epochs)
+                peak_lr=config.lr, epochs=epochs)
+    save_tokenizer(config, run.folder / "best")
 
     # Test, with the best weights.
     model = GPT2.from_pretrained(run.folder / "best").to(machine.device)
@@ -254,6 +260,18 @@ def train(config: Config) -> int:
     if not config.demo:
         return 0
     return show_demo(config, machine, run, encoding, splits["test"])
+
+
+def epochs_for(pairs: int, batch_pairs: int) -> int:
+    """How many passes over so many pairs come nearest to 250 updates: at least 1, at most 10.
+
+    A rate of learning suits a number of updates. So few pairs are seen several times.
+
+    >>> [epochs_for(pairs, batch_pairs=32) for pairs in (45_000, 2_700, 750, 100)]
+    [1, 3, 10, 10]
+    """
+    updates = math.ceil(pairs / batch_pairs)
+    return min(10, max(1, round(250 / updates)))
 
 
 # 3. The loop ------------------------------------------------------------------------------------
@@ -456,7 +474,7 @@ def load_pairs(config: Config, encoding: tiktoken.Encoding
             found, audit[str(path)] = data.read_pairs(path)
             test += found
 
-    splits, audit["split"] = data.split(pairs, test, config.val_share)
+    splits, audit["split"] = data.split(pairs, test, config.val_share, config.test_share)
     token_splits = {}
     for name, texts in splits.items():
         token_splits[name], counts = data.tokenize(texts, encoding, config.max_tokens,
@@ -584,6 +602,44 @@ def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimize
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "reference": reference, "metrics_bytes": run.metrics.tell()}, buffer)
     write_whole(run.folder / "last.pt", [buffer.getbuffer()])
+
+
+# A Jinja template: how other programs make a prompt of hh-rlhf's form of a chat.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {{- '\\n\\nHuman: ' + message['content'] | trim }}
+    {%- elif message['role'] == 'assistant' %}
+        {{- '\\n\\nAssistant: ' + message['content'] | trim }}
+    {%- else %}
+        {{- raise_exception('expected the roles user and assistant, not ' + message['role']) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '\\n\\nAssistant:' }}
+{%- endif %}
+"""
+
+
+def save_tokenizer(config: Config, folder: Path) -> None:
+    """Put GPT-2's tokenizer beside a model, for `transformers`, vLLM and the like, which then chat.
+
+    Its vocabulary is copied from where the run's model came from, if it is there. The settings are
+    always written. Not for the demo, whose tokens are bytes.
+    """
+    if config.demo:
+        return
+    source = data.fetch_model(config.model)
+    if source.is_file():
+        source = source.parent
+    for name in data.TOKENIZER_FILES:
+        if (source / name).exists():
+            write_whole(folder / name, [(source / name).read_bytes()])
+
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False,
+                "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
+                "unk_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE}
+    write_whole(folder / "tokenizer_config.json", [json.dumps(settings, indent=2).encode()])
 
 
 # What a line on the screen shows of the metrics: the label, and the format of the number.

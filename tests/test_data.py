@@ -262,40 +262,44 @@ def asked(*numbers: int) -> list[Pair]:
 def test_a_prompts_split_follows_from_its_sha256_alone():
     """Digests of prompts 0 to 5 begin 85d6, 3c13, b32f, 019b, f11f, 62ce: of 2^16 0.52, 0.23, 0.70,
     0.01, 0.94, 0.39."""
-    splits, dropped = split(asked(0, 1, 2, 3, 4, 5), asked(99), 0.25)
+    splits, dropped = split(asked(0, 1, 2, 3, 4, 5), asked(99), 0.25, 0.5)
     assert splits == {"train": asked(0, 2, 4, 5), "val": asked(1, 3), "test": asked(99)}
     assert dropped == Counter()
 
 
 def test_a_share_of_just_a_prompts_place_leaves_it_in_train():
     place = 0x3c1308168610d846 / 2**64
-    splits, _ = split(asked(1), asked(99), place)
+    splits, _ = split(asked(1), asked(99), place, 0.2)
     assert splits == {"train": asked(1), "val": [], "test": asked(99)}
-    splits, _ = split(asked(1), asked(99), place + 1e-15)
+    splits, _ = split(asked(1), asked(99), place + 1e-15, 0.2)
     assert splits == {"train": [], "val": asked(1), "test": asked(99)}
 
 
-def test_without_a_test_set_a_second_share_of_prompts_becomes_it():
-    """Digests of 5 and 9 begin 62ce and 7be1, 0.39 and 0.48: between one share and two."""
-    splits, dropped = split(asked(*range(12)), [], 0.25)
+def test_without_a_test_set_another_share_of_prompts_becomes_it():
+    """Digests of 5 and 9 begin 62ce and 7be1, 0.39 and 0.48: between 0.25, and 0.4 or 0.5."""
+    splits, dropped = split(asked(*range(12)), [], 0.25, 0.15)
+    assert splits == {"train": asked(0, 2, 4, 8, 9, 11), "val": asked(1, 3, 6, 7, 10),
+                      "test": asked(5)}
+    splits, dropped = split(asked(*range(12)), [], 0.25, 0.25)
     assert splits == {"train": asked(0, 2, 4, 8, 11), "val": asked(1, 3, 6, 7, 10),
                       "test": asked(5, 9)}
     assert dropped.total() == 0
 
 
 def test_a_prompt_in_test_is_counted_and_kept_out_of_train_and_val():
-    splits, dropped = split(asked(0, 1, 2, 1), asked(2, 1), 0.25)
+    splits, dropped = split(asked(0, 1, 2, 1), asked(2, 1), 0.25, 0.2)
     assert splits == {"train": asked(0), "val": [], "test": asked(2, 1)}
     assert dropped == Counter({"prompt is in test": 3})
 
 
 @given(st.lists(st.integers(0, 30), max_size=40), st.lists(st.integers(20, 40), max_size=5),
-       st.floats(0.01, 0.49), st.randoms(use_true_random=False))
+       st.floats(0.01, 0.49), st.floats(0.01, 0.49), st.randoms(use_true_random=False))
 @settings(max_examples=60)
-def test_no_pair_is_lost_and_equal_prompts_are_in_one_split_in_any_order(numbers, test, share, rng):
+def test_no_pair_is_lost_and_equal_prompts_are_in_one_split_in_any_order(
+        numbers, test, val_share, test_share, rng):
     pairs = [Pair(pair.prompt, f" {i}", " no") for i, pair in enumerate(asked(*numbers))]
     test_pairs = asked(*test)
-    splits, dropped = split(pairs, test_pairs, share)
+    splits, dropped = split(pairs, test_pairs, val_share, test_share)
 
     test_prompts = {pair.prompt for pair in test_pairs}
     lost = [pair for pair in pairs if pair.prompt in test_prompts]
@@ -310,7 +314,7 @@ def test_no_pair_is_lost_and_equal_prompts_are_in_one_split_in_any_order(numbers
     assert len(set(prompts)) == len(prompts)
 
     shuffled = rng.sample(pairs, len(pairs))
-    splits_again, dropped_again = split(shuffled, test_pairs, share)
+    splits_again, dropped_again = split(shuffled, test_pairs, val_share, test_share)
     assert dropped_again == dropped
     for name in ("train", "val", "test"):
         assert sorted(splits_again[name]) == sorted(splits[name])
@@ -319,12 +323,12 @@ def test_no_pair_is_lost_and_equal_prompts_are_in_one_split_in_any_order(numbers
 def test_a_prompt_that_no_file_could_hold_has_a_split_too():
     """JSON can hold half a character, UTF-8 cannot."""
     pair = Pair(f"{HUMAN} \ud800{ASSISTANT}", " a", " b")
-    splits, _ = split([pair], [], 0.1)
+    splits, _ = split([pair], [], 0.1, 0.2)
     assert joined(splits.values()) == [pair]
 
 
 def test_about_a_share_of_prompts_goes_to_val():
-    splits, _ = split(asked(*range(2000)), asked(5000), 0.1)
+    splits, _ = split(asked(*range(2000)), asked(5000), 0.1, 0.2)
     assert 160 < len(splits["val"]) < 240  # 200, and three standard deviations of 13.4
 
 

@@ -599,8 +599,12 @@ def test_a_model_is_fetched_and_loaded_by_its_name(world, tmp_path, monkeypatch)
     at = f"/openai-community/gpt2/resolve/{COMMIT}"
     world.small[f"{at}/config.json"] = (tmp_path / "saved/config.json").read_bytes()
     world.large[f"{at}/model.safetensors"] = (tmp_path / "saved/model.safetensors").read_bytes()
+    for name in data.TOKENIZER_FILES:
+        world.small[f"{at}/{name}"] = name.encode()
     folder = data.fetch_model("gpt2")
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == sorted(
+        ["config.json", "model.safetensors", *data.TOKENIZER_FILES])
+    assert (folder / "vocab.json").read_bytes() == b"vocab.json"
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     assert torch.equal(GPT2.from_pretrained("gpt2")(tokens), model(tokens))
 
@@ -642,7 +646,11 @@ def test_gpt2_is_asked_for_by_its_commit_and_hash(asked, tmp_path, monkeypatch):
     assert asked == [
         (f"{at}/config.json", folder / "config.json", ""),
         (f"{at}/model.safetensors", folder / "model.safetensors",
-         "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707")]
+         "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+        (f"{at}/tokenizer.json", folder / "tokenizer.json", ""),
+        (f"{at}/tokenizer_config.json", folder / "tokenizer_config.json", ""),
+        (f"{at}/vocab.json", folder / "vocab.json", ""),
+        (f"{at}/merges.txt", folder / "merges.txt", "")]
 
 
 def test_pairs_are_asked_for_by_their_commit_and_hash(asked):

@@ -75,7 +75,7 @@ def test_three_updates_have_the_numbers_of_the_first_edition(adapter):
     nn.init.normal_(model.wte.weight, std=0.1)
     assert checksum(list(model.parameters())) == pytest.approx(FIRST_WEIGHTS, rel=1e-6)
 
-    splits, _ = data.split(data.demo_pairs(3000, seed=0), [], share=0.1)
+    splits, _ = data.split(data.demo_pairs(3000, seed=0), [], val_share=0.1, test_share=0.1)
     pairs, _ = data.tokenize(splits["train"], data.encoding_of(demo=True), max_tokens=100,
                              max_prompt_tokens=60)
     updates = data.batches(pairs, batch_pairs=32, micro_pairs=32, seed=0)

@@ -29,8 +29,8 @@ TOKENS_PER_PAIR = 6            # that the model reads: a prompt of 3, then 1 of 
 CLOCK = ("tokens_per_second", "seconds_left")
 
 # Validations at 0, 4, 8 and 12; lines at 3, 6, 9 and 12; saves at 5 and 10, and at validations.
-OPTIONS = {"batch_pairs": 2, "micro_pairs": 1, "vals_per_epoch": 3, "patience": 99, "log_every": 3,
-           "save_every": 5, "warmup_share": 0.25}
+OPTIONS = {"epochs": 1, "batch_pairs": 2, "micro_pairs": 1, "vals_per_epoch": 3, "patience": 99,
+           "log_every": 3, "save_every": 5, "warmup_share": 0.25}
 
 
 def token_pairs(count: int, seed: int) -> list[data.TokenPair]:

@@ -258,11 +258,12 @@ def run(tmp_path, weights, monkeypatch) -> SimpleNamespace:
     for name in ("best", "sft"):
         (out / name).symlink_to(weights / name)
     options = {"model": str(weights / "untuned"), "hh_dir": str(tmp_path / "hh"), "pairs": "",
-               "subsets": "helpful-base", "demo": False, "max_prompt_tokens": 20, "val_share": 0.1}
+               "subsets": "helpful-base", "demo": False, "max_prompt_tokens": 20, "val_share": 0.1,
+               "test_share": 0.3}
 
     def write_config(**changed):
         (out / "config.json").write_text(json.dumps(
-            {"format": 2, "options": options | changed, "audit": {}, "versions": {}}))
+            {"format": 3, "options": options | changed, "audit": {}, "versions": {}}))
     write_config()
 
     def call(server, *words):
@@ -738,7 +739,7 @@ def test_prompts_are_drawn_from_the_tests_of_the_run_each_once(run, tmp_path):
     own = tmp_path / "own.jsonl"
     lines = [{"prompt": f"Own {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(50)]
     own.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    splits, _ = data.split(data.read_pairs(own)[0], [], 0.1)
+    splits, _ = data.split(data.read_pairs(own)[0], [], 0.1, 0.3)
     found = judge.drawn_pairs(options | {"pairs": str(own)}, 100, seed=0)
     assert set(found) == set(splits["test"])
 
@@ -811,7 +812,7 @@ def demo(tmp_path_factory) -> Path:
         torch.manual_seed(seed)
         save_pretrained(GPT2(GPT2Config(1, 2, 16, 128, 257, 16)), out / name)
     options = {"demo": True, "max_prompt_tokens": 60, "model": "gpt2"}
-    (out / "config.json").write_text(json.dumps({"format": 2, "options": options}))
+    (out / "config.json").write_text(json.dumps({"format": 3, "options": options}))
     return out
 
 

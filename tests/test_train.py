@@ -104,8 +104,8 @@ def argv(world: Path, out: str | Path, **options) -> list[str]:
     """Arguments of a short run on the world's files."""
     options = {"model": world / "gpt2", "hh_dir": world / "hh", "subsets": ",".join(SUBSETS),
                "out": world / out, "dtype": "float32", "max_tokens": 32, "max_prompt_tokens": 20,
-               "val_share": 0.25, "batch_pairs": 8, "log_every": 1, "sft_lr": 3e-3, "lr": 3e-3,
-               "vals_per_epoch": 1, "patience": 99} | options
+               "val_share": 0.25, "test_share": 0.25, "sft_lr": 3e-3, "lr": 3e-3, "epochs": 1,
+               "batch_pairs": 8, "vals_per_epoch": 1, "patience": 99, "log_every": 1} | options
     if options["model"] == "bytes":
         options["model"] = world / "bytes"
     words = []
@@ -135,7 +135,7 @@ def tokens_of(world: Path, split: str, in_bytes: bool = False) -> list[data.Toke
     for name, pairs in found.items():
         for subset in SUBSETS:
             pairs += data.read_pairs(world / "hh" / subset / f"{name}.jsonl.gz")[0]
-    splits, _ = data.split(found["train"], found["test"], 0.25)
+    splits, _ = data.split(found["train"], found["test"], 0.25, 0.25)
     max_tokens = BYTES["max_tokens"] if in_bytes else 32
     max_prompt_tokens = BYTES["max_prompt_tokens"] if in_bytes else 20
     encoding = data.encoding_of(demo=in_bytes)
@@ -183,7 +183,7 @@ def refused(words: list[str], capfd) -> str:
     ({"sft_lr": 0}, "--sft_lr"),
     ({"max_norm": "nan"}, "--max_norm"),
     ({"sft_lr": "inf"}, "--sft_lr"),
-    ({"val_share": 0.5}, "--val_share"),
+    ({"val_share": 0.6, "test_share": 0.4}, "--val_share"),
     ({"beta": 0}, "beta"),
     ({"adapter": "lora"}, "--adapter"),
     ({"loss": "kto"}, "--loss"),
@@ -297,7 +297,7 @@ def test_a_folder_of_the_first_edition_is_refused_and_left_as_it_is(resume, worl
     options = {"resume": True} if resume else {}
     found = refused(argv(world, out, **options), capfd)
     assert str(out) in found
-    assert "another edition of this code (format 1), expected 2" in found
+    assert "another edition of this code (format 1), expected 3" in found
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -356,7 +356,7 @@ def test_a_run_leaves_what_it_promises(a_run):
     expected = {"config.json", "metrics.jsonl", "sft", "best", "last.pt"}
     assert {path.name for path in a_run.out.iterdir()} == expected
     best_files = {path.name for path in (a_run.out / "best").iterdir()}
-    assert best_files == {"config.json", "model.safetensors"}
+    assert best_files == {"config.json", "model.safetensors", "tokenizer_config.json"}
 
     config = json.loads((a_run.out / "config.json").read_text())
     assert config == data.read_run(a_run.out)
@@ -517,6 +517,35 @@ def test_own_pairs_train_too(world, capfd):
     shown = capfd.readouterr().out
     assert f"{kept[0]:,} kept" in shown
     assert "test accuracy" in shown
+
+
+def test_few_pairs_are_seen_several_times_unless_epochs_are_given(world, monkeypatch):
+    """32 pairs in 4 updates: at most 10 passes, so 40 updates. The rate falls over all of them."""
+    bytes_as_tokens(monkeypatch)
+    for epochs, updates in ((0, 40), (2, 8)):
+        out = world / f"epochs{epochs}"
+        assert train.main(argv(world, out, epochs=epochs, sft_epochs=0, **BYTES)) == 0
+        audit = json.loads((out / "config.json").read_text())["audit"]
+        assert math.ceil(audit["train"]["kept"] / 8) == 4
+        steps = of(lines_of(out), "dpo", "train")
+        assert steps[-1]["step"] == updates
+        assert steps[-1]["lr"] == pytest.approx(3e-4)      # a tenth of the highest
+
+
+def test_the_share_of_own_pairs_for_the_test_is_an_option(world, monkeypatch):
+    """A fifth if nothing is said. A prompt's place decides: from 0.25 on, behind val's share."""
+    pairs, _ = data.read_pairs(world / "pairs.jsonl")
+    places = [data.fraction_of(pair.prompt) for pair in pairs]
+    bytes_as_tokens(monkeypatch)
+    for test_share in (0.2, 0.5):
+        out = world / f"share{test_share}"
+        words = argv(world, out, pairs=world / "pairs.jsonl", test_share=test_share, sft_epochs=0,
+                     **BYTES)
+        assert train.main(words) == 0
+        audit = json.loads((out / "config.json").read_text())["audit"]
+        expected = sum(0.25 <= place < 0.25 + test_share for place in places)
+        assert audit["test"]["kept"] == expected
+    assert train.parse([]).test_share == 0.2
 
 
 def test_transformers_loads_what_a_run_leaves(world):
