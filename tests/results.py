@@ -317,19 +317,13 @@ GRID_CSV = ROOT / "results" / "grid.csv"
 GRID_FIELDS = ("adapter", "lr", "epochs", "updates", "start_loss", "best_loss", "best_step",
                "last_loss", "last_accuracy", "pairs", "commit", "machine", "dtype", "command",
                "seconds")
-GRID = [                       # in the order in which they are run
-    {"adapter": "parallel", "lr": 1e-3, "epochs": 1},
-    {"adapter": "none", "lr": 2e-5, "epochs": 1},
-    {"adapter": "parallel", "lr": 3e-3, "epochs": 1},
-    {"adapter": "none", "lr": 5e-5, "epochs": 1},
-    {"adapter": "parallel", "lr": 3e-4, "epochs": 1},
-    {"adapter": "none", "lr": 5e-6, "epochs": 1},
-    {"adapter": "parallel", "lr": 1e-3, "epochs": 3},
-    {"adapter": "none", "lr": 2e-5, "epochs": 3},
-    {"adapter": "parallel", "lr": 3e-3, "epochs": 3},
-    {"adapter": "none", "lr": 5e-5, "epochs": 3},
-    {"adapter": "parallel", "lr": 3e-4, "epochs": 3},
-    {"adapter": "none", "lr": 5e-6, "epochs": 3},
+GRID = [                       # the first one makes the SFT that all share
+    {"adapter": "parallel", "lr": 3e-4, "epochs": 2},
+    {"adapter": "none", "lr": 5e-6, "epochs": 2},
+    {"adapter": "parallel", "lr": 1e-3, "epochs": 2},
+    {"adapter": "none", "lr": 2e-5, "epochs": 2},
+    {"adapter": "parallel", "lr": 1e-4, "epochs": 2},
+    {"adapter": "none", "lr": 1e-6, "epochs": 2},
 ]
 
 
@@ -348,8 +342,8 @@ def try_grid(args: argparse.Namespace) -> None:
             start = {"model": sft, "sft_epochs": 0}
         sft = sft or out / "sft"
         whole = {"hh_dir": folder / "hh", "subsets": ",".join(SUBSETS), "out": out,
-                 "val_share": 0.1, "patience": 99} | start | options
-        if (command_of(whole), common["commit"]) in done:
+                 "val_share": 0.25, "patience": 99, "vals_per_epoch": 2} | start | options
+        if (command_of(whole), common["commit"]) in done or not re.search(args.only, out.name):
             continue
         run = train_once(whole)
         vals = [line for line in lines_of(out) if (line["event"], line["stage"]) == ("val", "dpo")]

@@ -48,6 +48,16 @@ def test_the_loss_and_the_rewards_of_the_worked_pair():
     assert loss.item() == pytest.approx(softplus(-0.75), rel=1e-12)
 
 
+def test_a_margin_far_below_0_has_a_finite_loss():
+    """At -300 the loss is 300. sigmoid(-300) itself is 0 in float32, and its log infinite."""
+    zero = torch.zeros(1)
+    rejected = torch.tensor([300.0], requires_grad=True)
+    loss, _, _ = dpo.dpo_loss(zero, rejected, zero, zero, beta=1.0)
+    loss.backward()
+    assert loss.item() == 300.0
+    assert rejected.grad.item() == 1.0
+
+
 def test_the_gradient_of_the_worked_pair_raises_chosen_and_lowers_rejected():
     """By beta * sigmoid(-0.75) each. The rewards are for logging, so they carry no gradient."""
     chosen = POLICY_CHOSEN.clone().requires_grad_()
@@ -317,6 +327,17 @@ def test_packed_logps_are_sequence_logps_with_their_gradients(model, grids, piec
     torch.testing.assert_close(packed, plain, rtol=1e-10, atol=0)
     assert close(gradients(model, (weights * packed).sum()),
                  gradients(model, (weights * plain).sum()), 1e-10)
+
+
+def test_the_end_of_text_token_counts(model):
+    """Whatever its id: a response with one more token, the last of the vocabulary, is less likely.
+    Code that uses the token for padding, too, and leaves all of it out, would not notice."""
+    words = data.TokenPair([1, 2], [5, 6], [5, 6, TINY.vocab_size - 1])
+    chosen, rejected = dpo.packed_logps(model, data.pack([words], [0])).tolist()
+    logits = model(torch.tensor([[1, 2, 5, 6]]))[0, -1]
+    end = logits.log_softmax(-1)[TINY.vocab_size - 1].item()
+    assert rejected == pytest.approx(chosen + end, rel=1e-10)
+    assert end < -1
 
 
 def test_an_oracle_agrees_on_logps_loss_metrics_and_gradients(model):
