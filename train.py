@@ -128,8 +128,8 @@ class Config:
             if value == 0 and setting.name not in may_be_0:
                 raise ValueError(f"--{setting.name} is 0, expected a number above 0")
         if self.val_share + self.test_share >= 1:
-            raise ValueError(f"--val_share is {self.val_share}, and --test_share {self.test_share}: "
-                             f"expected less than 1 together, so that pairs are left for training")
+            raise ValueError(f"--val_share is {self.val_share}, --test_share {self.test_share}: "
+                             f"expected less than 1 together, so that some are left for training")
         if self.seed >= 2**63:
             raise ValueError(f"--seed is {self.seed}, expected a number below 2**63")
         if self.warmup_share >= 1:

@@ -183,7 +183,8 @@ BUGS = [
         "", "tests/test_fit.py::test_the_best_is_kept_when_later_ones_are_worse",
         [("train.py", 'if metrics["loss"] < state.best_loss:', "if True:")]),
     Bug("order lost at resume",
-        "a resumed run begins its epoch anew: some pairs come twice, others never", "ms-swift #10050, accelerate PR #4071",
+        "a resumed run begins its epoch anew: some pairs come twice, others never",
+        "ms-swift #10050, accelerate PR #4071",
         "tests/test_fit.py::test_a_killed_run_goes_on_from_any_save",
         [("train.py", "start=state.step, reference", "start=0, reference")], reached=False),
 
@@ -226,7 +227,8 @@ BUGS = [
         [("model.py", "            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)",
           "            y = F.scaled_dot_product_attention(q, k, v)")]),
     Bug("answers go on after padding",
-        "of prompts of several lengths, the first token is predicted at the end of the longest", "transformers #26569",
+        "of prompts of several lengths, the first token is predicted at the end of the longest",
+        "transformers #26569",
         "tests/test_model.py::"
         "test_greedy_is_the_same_alone_in_a_batch_without_a_cache_and_in_transformers",
         [("model.py", "hidden[row, last]", "hidden[:, -1]")]),

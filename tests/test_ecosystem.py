@@ -1,7 +1,9 @@
 """At home elsewhere: what a run leaves, in transformers; what pip and uv install."""
 
 import json
+import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import conftest
@@ -107,3 +109,21 @@ def test_the_four_files_of_the_hub_are_passed_on_but_for_its_settings(config, tm
 def test_older_readers_find_the_context_by_its_older_name(best):
     config = json.loads((best / "config.json").read_text())
     assert config["n_ctx"] == config["n_positions"] == 64
+
+
+def test_pip_and_uv_install_the_same():
+    """pyproject.toml against the two requirements files. uv makes no package of flat scripts, and
+    installs what tests need only when it is asked to."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    runtime = (ROOT / "requirements.txt").read_text().split()
+    first, *development = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    assert project["project"]["dependencies"] == runtime
+    assert first == "-r requirements.txt"
+    assert project["dependency-groups"]["dev"] == development
+    assert project["tool"]["uv"] == {"package": False, "default-groups": []}
+
+
+def test_the_version_is_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert cited[1] == project["project"]["version"]
