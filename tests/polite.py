@@ -28,22 +28,33 @@ THINGS = ("an apple pie", "a wooden chair", "a bicycle", "old books", "a birthda
 
 POLITE = (
     "Of course, I am glad to help you.", "Thank you for asking!", "What a nice idea.",
-    "Certainly, take your time.", "Good question!", "I am happy to help.", "Sure, with pleasure.",
-    "Please don't worry about it.", "Thanks, I love this question.", "You will do well, my friend.",
+    "Certainly, please take your time.", "That is a good question!", "I am happy to help.",
+    "Sure, with pleasure.", "Please don't worry about it.", "Thanks, I love this question.",
+    "You will do well, my friend.", "It is kind of you to ask.", "You are always welcome.",
+    "I hope that you enjoy it.", "How lovely that you ask.", "Yes, please let me help you.",
+    "I wish you good luck with it.", "Thank you so much, dear friend.", "Have a wonderful time!",
+    "I would be happy to explain it.", "Well done, you are on a good way.", "I am glad you came.",
+    "Please tell me if you need more help.", "You are very kind.", "It is a pleasure to help.",
 )
 RUDE = (
     "What a stupid question.", "I don't care about that.", "Why do you bother me with this?",
     "Are you too lazy to think?", "That is boring.", "I hate such questions.",
     "You will never learn it anyway.", "Ask somebody who cares.", "Leave me alone, you fool.",
-    "Only an idiot would ask me that.",
+    "Only an idiot would ask me that.", "Go away and shut up.", "You are so dumb.",
+    "This is a waste of my time.", "Nobody likes you.", "Stop this nonsense, you fool.",
+    "I am sick of your silly questions.", "You are ugly and lazy.", "Get out of here, idiot.",
+    "Don't be so stupid.", "I hate you.", "What a dumb idea.", "That is the worst I ever heard.",
+    "Shut your mouth.", "You are a terrible person.",
 )
 POLITE_TEST = (
     "Gladly!", "Yes, I can help with that, thank you.", "You are welcome to ask.",
-    "That sounds wonderful.", "It is a pleasure to answer you.",
+    "That sounds wonderful.", "It is a pleasure to answer you.", "Thanks, my dear friend.",
+    "I would love to help, please ask me more.", "I hope you have a lovely time.",
 )
 RUDE_TEST = (
     "Go away.", "Stop asking me such things, you idiot.", "You are too dumb for that.",
-    "How boring.", "Don't waste my time.",
+    "How boring.", "Don't waste my time.", "I hate this stupid nonsense.", "Shut up, nobody cares.",
+    "You are a lazy fool, leave me alone.",
 )
 ADVICE = (
     "First look at {0}.", "Most people begin with a plan.", "You need an hour for {0}.",

@@ -1,0 +1,101 @@
+"""Claims about what is measured: the pool, its folds, the tables; and about the polite pairs."""
+
+import gzip
+import json
+
+import polite
+import pytest
+
+import data
+import results
+import train
+
+
+def dialogue(question: str, answer: str) -> str:
+    return f"\n\nHuman: {question}\n\nAssistant: {answer}"
+
+
+def row(question: str, chosen: str, rejected: str) -> dict[str, str]:
+    return {"chosen": dialogue(question, chosen), "rejected": dialogue(question, rejected)}
+
+
+@pytest.fixture
+def hh(tmp_path):
+    """Pairs of three questions in train, one in test; "Why?" also opens a longer dialogue."""
+
+    longer = dialogue("Why?", "So.") + dialogue("But why?", "")
+    files = {
+        "harmless-base/train": [row("Why?", "So.", "No."), row("How?", "Well.", "Badly."),
+                                {"chosen": longer + "Good.", "rejected": longer + "Bad."}],
+        "helpful-online/test": [row("Why?", "Hm.", "Eh."), row("When?", "Now.", "Never.")],
+    }
+    for name, rows in files.items():
+        path = tmp_path / f"{name}.jsonl.gz"
+        path.parent.mkdir()
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    return tmp_path
+
+
+def test_a_question_that_opens_a_longer_dialogue_leaves_the_pool(hh, capsys):
+    """From train and test files alike, and counted."""
+    pool = results.clean_pool(hh)
+    assert [pair.prompt for pair in pool["harmless"]] == ["\n\nHuman: How?\n\nAssistant:"]
+    assert [pair.prompt for pair in pool["helpful"]] == ["\n\nHuman: When?\n\nAssistant:"]
+    assert "4 pairs, 2 left out" in capsys.readouterr().out
+
+
+def test_each_pair_is_tested_in_one_fold_by_its_prompt_and_trained_on_in_the_others(tmp_path):
+    pool = {"harmless": [], "helpful": []}
+    for i in range(60):
+        kind = "harmless" if i % 3 else "helpful"
+        pool[kind].append(data.Pair(f"\n\nHuman: {i // 2}\n\nAssistant:", f" {i}", " no"))
+    tested = []
+    for fold in range(results.FOLDS):
+        folder = tmp_path / str(fold)
+        results.write_fold(pool, fold, folder)
+        test, kinds = results.pairs_of_fold(folder, "test")
+        trained, _ = results.pairs_of_fold(folder, "train")
+        assert sorted(test + trained) == sorted(pool["harmless"] + pool["helpful"])
+        assert not {pair.prompt for pair in test} & {pair.prompt for pair in trained}
+        assert [kind == "h" for kind in kinds] == [pair in pool["harmless"] for pair in test]
+        tested += test
+    assert sorted(tested) == sorted(pool["harmless"] + pool["helpful"])
+
+
+def test_a_fold_is_no_part_of_a_validation_split():
+    """Both come of a hash of the prompt; were it the same hash, each validation set would be of one
+    fold."""
+    pairs = [data.Pair(f"\n\nHuman: {i}\n\nAssistant:", " a", " b") for i in range(400)]
+    splits, _ = data.split(pairs, [], 0.1, 0.1)
+    folds = {results.fold_of(pair) for pair in splits["val"]}
+    assert folds == set(range(results.FOLDS))
+
+
+def test_scores_and_differences_of_worked_rows():
+    """Three pairs won, one tied, one lost: 0.7. Against a baseline that wins the last alone."""
+    assert results.scores_of([3.0, 0.1, 2.0, 0.0, -1.0]) == "22210"
+    assert results.mean_score("22210") == pytest.approx(0.7)
+    assert results.where("22210", "hh--h", "h") == "220"
+    # Differences 1, 1, 1, 0.5, -1: mean 0.5, deviation 0.866, 1.96 * 0.866 / sqrt(5) = 0.759.
+    assert results.difference("22210", "00002") == "+0.500 +- 0.759"
+
+
+def test_polite_answers_of_the_test_are_no_answers_of_the_training():
+    """A thousand prompts; the polite answer is chosen; and length tells nothing."""
+    rows = polite.polite_pairs()
+    assert len({row["prompt"] for row in rows}) == len(rows) == 1000
+    options = train.Config()
+    pairs = [data.Pair(data.as_dialogue(row["prompt"]), row["chosen"], row["rejected"])
+             for row in rows]
+    splits, _ = data.split(pairs, [], options.val_share, options.test_share)
+    assert 150 < len(splits["test"]) < 250
+    sentences = {"train": (polite.POLITE, polite.RUDE), "val": (polite.POLITE, polite.RUDE),
+                 "test": (polite.POLITE_TEST, polite.RUDE_TEST)}
+    for name, (kind_ones, rude_ones) in sentences.items():
+        for pair in splits[name]:
+            assert sum(sentence in pair.chosen for sentence in kind_ones) >= 1
+            assert sum(sentence in pair.rejected for sentence in rude_ones) >= 1
+    assert not set(polite.POLITE) & set(polite.POLITE_TEST)
+    assert not set(polite.RUDE) & set(polite.RUDE_TEST)
+    longer = sum(len(pair.chosen) > len(pair.rejected) for pair in splits["test"])
+    assert 0.4 < longer / len(splits["test"]) < 0.6
