@@ -194,7 +194,8 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
         raise ValueError(f"a mean of {mean} over {count} samples: expected a mean from 0 to 1, "
                          f"over at least one sample")
     z = 1.959964                                       # 95% of a normal distribution lie within z
-    # |mean - p| = z * sqrt(p * (1 - p) / count), squared, is quadratic in p. Its two solutions:
+    # |mean - p| = z * sqrt(p * (1 - p) / count), squared, is a quadratic equation in p. The formula
+    # for such equations gives its two solutions, center - half_width and center + half_width.
     center = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
     variance = mean * (1 - mean) / count + z**2 / (4 * count**2)
     half_width = z * math.sqrt(variance) / (1 + z**2 / count)
@@ -427,9 +428,9 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     hidden = model.packed_hidden(batch.tokens, batch.positions, batch.grids, batch.cells)  # (N, C)
     hidden = hidden.index_select(0, batch.predicts)    # (M, C): only what predicts a response
 
-    # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. They lie near 0 when the head's
-    # mean row is subtracted from all of its rows. The V logits of a prediction then all fall by one
-    # number, hidden . mean. No softmax changes by that, so the derivative by the mean is 0: detach.
+    # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. Near 0 the steps are fine. So we
+    # subtract from the logits of each prediction their mean, which changes no softmax. To subtract
+    # the mean row from all rows of the head does just that. The mean has no part in the gradient.
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
     head = head - head.detach().mean(0)
 
@@ -540,9 +541,8 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
         return (1 - label_smoothing) * right + label_smoothing * wrong
 
     if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share e = label_smoothing of the labels
-        # is wrong, the mean of this loss is what equation 7 would give with right labels: `right`
-        # gets the factor ((1 - e)**2 - e**2) / (1 - 2e), which is 1, and `wrong` gets 0.
+        # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share label_smoothing of the labels is
+        # wrong, the mean of this loss is what equation 7 would give with right labels.
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)

@@ -32,12 +32,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import conftest
+import polite
 
 import data
 import dpo
 import judge
 import train
-from model import GPT2
 
 ROOT = Path(train.__file__).parent
 CSV = ROOT / "results" / "runs.csv"
@@ -167,7 +167,13 @@ FURTHER = {                    # on fold 0 alone
     "beta 0.3": {"beta": 0.3},
     "per token (sigmoid_norm)": {"loss": "sigmoid_norm", "beta": 2.0},
     "with an SFT term": {"sft_coef": 0.1},
+    "replaced MLPs, random": {"adapter": "replace", "adapter_width": 256, "sft_epochs": 4,
+                              "sft_lr": 1e-3},
+    "replaced MLPs, strongest neurons": {"adapter": "replace", "adapter_width": 256,
+                                         "adapter_init": "pretrained", "sft_epochs": 4,
+                                         "sft_lr": 3e-4},
 }
+POLITE = "polite pairs"        # those of tests/polite.py, in place of a fold
 METRICS = ("loss", "rewards/margins", "rewards/accuracies", "chosen_below_reference")
 FIELDS = ("row", "fold", "seed", "commit", "machine", "dtype", "command", "seconds", "memory_gb",
           "parameters", "best_step", *METRICS, "kl", "words", "distinct-1", "distinct-2", "ended",
@@ -221,7 +227,7 @@ def command_of(options: dict) -> str:
     """The command, with only the last parts of folders: the others are of this machine."""
     words = ["train.py"]
     for name, value in options.items():
-        if name in ("model", "hh_dir", "out"):
+        if name in ("model", "hh_dir", "out", "pairs"):
             value = Path(value).name
         words += [f"--{name}", str(value)]
     return " ".join(words)
@@ -232,20 +238,18 @@ def lines_of(out: Path) -> list[dict]:
     return [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def trained_parameters(sft: Path, options: dict) -> int:
-    """How many numbers DPO trains."""
-    model = GPT2.from_pretrained(sft)
-    config = train.Config(**options)
-    train.add_adapters(model, config.adapter, config.adapter_width, config.adapter_init)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+def trained_parameters(out: Path) -> int:
+    """How many numbers DPO trained: those that last.pt holds."""
+    saved = torch.load(out / "last.pt", weights_only=True)
+    return sum(weight.numel() for weight in saved["model"].values())
 
 
-def dpo_row(folder: Path, sft: Path, name: str, options: dict, start: dict, sampled: bool,
-            pairs: list[data.Pair]) -> dict:
+def dpo_row(folder: Path, name: str, options: dict, pairs: list[data.Pair],
+            sampled: bool) -> dict:
     """Train, test again pair by pair, and look at sampled answers."""
     out = folder / re.sub(r"\W+", "_", name)
-    line = {"row": name} | train_once({"hh_dir": folder / "hh", "subsets": ",".join(SUBSETS),
-                                       "out": out} | start | options)
+    sft = out / "sft"
+    line = {"row": name} | train_once({"out": out} | options)
     policy, _ = logps_of(out / "best", pairs)
     reference, _ = logps_of(sft, pairs)
     margins = (policy[0] - reference[0]) - (policy[1] - reference[1])
@@ -253,7 +257,7 @@ def dpo_row(folder: Path, sft: Path, name: str, options: dict, start: dict, samp
     if options.get("loss", "sigmoid") == "sigmoid":
         accuracy = statistics.fmean(int(score) / 2 for score in line["scores"])
         assert abs(accuracy - line["rewards/accuracies"]) < 2 / len(pairs), (accuracy, line)
-    line["parameters"] = trained_parameters(sft, options)
+    line["parameters"] = trained_parameters(out)
     if sampled:
         paths = {"tuned": out / "best", "sft": sft}
         prompts = sorted({pair.prompt for pair in pairs})
@@ -301,14 +305,34 @@ def measure(args: argparse.Namespace) -> None:
         for name, options in rows.items():
             if name in done or not re.search(args.only, name):
                 continue
-            start = {"model": args.model}
+            start = {"hh_dir": folder / "hh", "subsets": ",".join(SUBSETS), "model": args.model}
             if name != ADAPTERS:
-                start = {"model": sft, "sft_epochs": 0}
-            line = dpo_row(folder, sft, name, options, start, fold == 0, pairs)
+                start |= {"model": sft, "sft_epochs": 0}
+            line = dpo_row(folder, name, start | options, pairs, fold == 0)
             append_csv(CSV, FIELDS, shared | {"fold": fold} | line)
         if "the longer answer" not in done and sft.exists():
             for line in baselines(sft, pairs, kinds):
                 append_csv(CSV, FIELDS, shared | {"fold": fold} | line)
+
+
+def measure_polite(args: argparse.Namespace) -> None:
+    """The polite pairs, without an option beside --pairs and --model."""
+    conftest.offline_vocabulary()
+    shared = {"seed": 0, "commit": training_commit(), "machine": machine(), "fold": "polite"}
+    done = {line["commit"] for line in read_csv(CSV) if line["row"] == POLITE}
+    if shared["commit"] in done:
+        return
+    folder = Path(args.out) / "polite"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "polite.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in polite.polite_pairs()))
+    options = train.Config()
+    splits, _ = data.split(data.read_pairs(path)[0], [], options.val_share, options.test_share)
+    line = dpo_row(folder, POLITE, {"model": args.model, "pairs": path}, splits["test"], False)
+    _, lengths = logps_of(folder / "polite_pairs" / "sft", splits["test"])
+    append_csv(CSV, FIELDS, shared | line)
+    append_csv(CSV, FIELDS, shared | {"row": BASELINES[0],
+                                      "scores": scores_of((lengths[0] - lengths[1]).tolist())})
 
 
 # 4. The grid ------------------------------------------------------------------------------------
@@ -448,6 +472,7 @@ def main() -> None:
     parser.add_argument("--out", default="out/results", help="a folder for the runs")
     parser.add_argument("--only", default="", help="rows whose names match this expression")
     parser.add_argument("--grid", action="store_true", help="compare rates and epochs instead")
+    parser.add_argument("--polite", action="store_true", help="train on polite pairs instead")
     parser.add_argument("--table", action="store_true", help="print the tables, and stop")
     args = parser.parse_args()
     if args.table:
@@ -456,6 +481,8 @@ def main() -> None:
         parser.error("expected --model")
     elif args.grid:
         try_grid(args)
+    elif args.polite:
+        measure_polite(args)
     else:
         measure(args)
 
