@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
-from judge import answer_logp
+from judge import Answer, answer_logp
 from model import GPT2, generate
 
 REWARD = data.DEMO_REWARD
@@ -65,7 +65,7 @@ def measure(beta: float, count: int) -> Point:
 
     ratios = []
     for prompt, tokens in zip(prompts, answers, strict=True):
-        answer = {"before": prompt, "tokens": tokens}
+        answer = Answer(prompt, tokens, text="", end="")
         ratios.append(answer_logp(policy, answer) - answer_logp(reference, answer))
     ratios = torch.tensor(ratios)
     return Point(beta, cheerful(before), ratios.mean().item(),
