@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import math
 
+import frontier
 import polite
 import pytest
 
@@ -99,3 +101,23 @@ def test_polite_answers_of_the_test_are_no_answers_of_the_training():
     assert not set(polite.RUDE) & set(polite.RUDE_TEST)
     longer = sum(len(pair.chosen) > len(pair.rejected) for pair in splits["test"])
     assert 0.4 < longer / len(splits["test"]) < 0.6
+
+
+def test_the_optimum_of_the_frontier():
+    """A reference that gives half of its answers a reward of 4; beta such that exp(4 / beta) is 3:
+    odds of 3 to 1. KL: 0.75 log(0.75 / 0.5) + 0.25 log(0.25 / 0.5) = 0.1308."""
+    kl, reward = frontier.optimum(0.5, 4 / math.log(3))
+    assert kl == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert reward == pytest.approx(3.0)
+
+
+def test_the_frontier_measures_a_run(monkeypatch, capsys):
+    """A short demo, which stays close to its reference, and 40 answers."""
+    real_pairs = data.demo_pairs
+    monkeypatch.setattr(data, "demo_pairs", lambda count, seed: real_pairs(150, seed))
+    point = frontier.measure(beta=8.0, count=40)
+    assert point.beta == 8.0
+    assert 0 < point.share < 1
+    assert abs(point.kl) < 0.5
+    assert point.kl_error > 0
+    assert 0 < point.reward < 4
