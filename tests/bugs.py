@@ -148,12 +148,13 @@ BUGS = [
         "tests/test_fit.py::test_the_rate_is_what_the_optimizer_uses",
         [("train.py", "lr = dpo.cosine_lr(step, peak_lr", "lr = dpo.cosine_lr(0, peak_lr"),
          ("dpo.py", "peak * (step + 1) / warmup_steps", "peak * step / warmup_steps")]),
-    Bug("frozen weights", "the last layer of the adapters, which is 0, does not train",
+    Bug("frozen weights", "the last layer of an adapter, which is 0, does not train, so only biases "
+        "do",
         "trl #1311 (symptom)",
         "tests/test_model.py::test_a_parallel_adapter_is_the_identity_at_first_and_alone_trains",
         [("model.py", "            nn.init.zeros_(adapter.c_proj.weight)",
           "            nn.init.zeros_(adapter.c_proj.weight).requires_grad_(False)")]),
-    Bug("adapter of zeros", "both layers of an adapter start at 0, so neither gets a gradient", "",
+    Bug("adapter of zeros", "both layers of an adapter start at 0, so only its last bias trains", "",
         "tests/test_model.py::test_a_parallel_adapter_is_the_identity_at_first_and_alone_trains",
         [("model.py", "            nn.init.zeros_(adapter.c_proj.weight)",
           "            nn.init.zeros_(adapter.c_proj.weight)\n"
@@ -297,7 +298,8 @@ def demo(folder: Path) -> dict:
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     lines = [line for line in lines if line["stage"] == "dpo"]
     if done.returncode not in (0, 1) or not lines:
-        return {"first sign": " ".join(done.stderr.split())[-230:]}
+        message = done.stderr.split("error  ")[-1].split(", expected")[0]
+        return {"first sign": f"train.py stops: {' '.join(message.split())}"}
     vals = [line for line in lines if line["event"] == "val"]
     updates = [line for line in lines if line["event"] == "train"]
     shares = re.search(r"after +DPO +(\S+)% of \d+ fresh answers .*, (\S+)% are", done.stdout)
@@ -359,12 +361,15 @@ def rows_of(bugs: list[Bug | None], training: bool) -> Iterator[dict]:
 
 
 def table() -> str:
-    """The table of results/README.md."""
+    """The table of results/README.md, with the commit of which it is."""
     with open(CSV, newline="") as file:
         rows = list(csv.DictReader(file))
+    commits = {row["commit"] for row in rows}
+    assert len(commits) == 1, f"rows of several commits: {commits}"
     header = ["bug", "what it does", "seen in", "first sign", "obey, %", "well formed, %",
               "accuracy", "margin", "chosen's logp", "caught by"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = [f"`python tests/bugs.py`, commit {commits.pop()}:", "",
+             "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
         test = row["test"].split("::")[-1].removeprefix("tests/")
         cells = [row["bug"], row["what"], row["seen"], row["first sign"],
