@@ -99,8 +99,9 @@ class Config:
     sft_lr: float = option(5e-5, "highest learning rate of SFT")
     epochs: int = option(0, "passes over the pairs in DPO, at most; 0: as many as come nearest to "
                             "250 updates, from 1 to 10 passes")
-    lr: float = option(0.0, "highest learning rate of DPO; 0: 1e-4 for parallel adapters, else "
-                            "1e-6, which is the paper's")
+    lr: float = option(0.0, "highest learning rate of DPO; 0: 1e-3 for parallel adapters, which "
+                            "start at 0 and have far to go, else 1e-5 (the paper: 1e-6, for larger "
+                            "models)")
     warmup_share: float = option(0.1, "share of the updates in which the rate grows to its highest")
     batch_pairs: int = option(32, "pairs in an update")
     micro_pairs: int = option(32, "pairs that go through the model at once; fewer need less memory")
@@ -116,7 +117,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.lr == 0:                               # in a frozen dataclass, a field is set so
-            object.__setattr__(self, "lr", 1e-4 if self.adapter == "parallel" else 1e-6)
+            object.__setattr__(self, "lr", 1e-3 if self.adapter == "parallel" else 1e-5)
 
         may_be_0 = ("seed", "sft_epochs", "epochs", "sft_coef", "label_smoothing", "warmup_share")
         for setting in fields(self):

@@ -148,13 +148,14 @@ BUGS = [
         "tests/test_fit.py::test_the_rate_is_what_the_optimizer_uses",
         [("train.py", "lr = dpo.cosine_lr(step, peak_lr", "lr = dpo.cosine_lr(0, peak_lr"),
          ("dpo.py", "peak * (step + 1) / warmup_steps", "peak * step / warmup_steps")]),
-    Bug("frozen weights", "the last layer of an adapter, which is 0, does not train, so only biases "
-        "do",
+    Bug("frozen weights",
+        "the last layer of an adapter, which is 0, does not train, so only biases do",
         "trl #1311 (symptom)",
         "tests/test_model.py::test_a_parallel_adapter_is_the_identity_at_first_and_alone_trains",
         [("model.py", "            nn.init.zeros_(adapter.c_proj.weight)",
           "            nn.init.zeros_(adapter.c_proj.weight).requires_grad_(False)")]),
-    Bug("adapter of zeros", "both layers of an adapter start at 0, so only its last bias trains", "",
+    Bug("adapter of zeros",
+        "both layers of an adapter start at 0, so only its last bias trains", "",
         "tests/test_model.py::test_a_parallel_adapter_is_the_identity_at_first_and_alone_trains",
         [("model.py", "            nn.init.zeros_(adapter.c_proj.weight)",
           "            nn.init.zeros_(adapter.c_proj.weight)\n"

@@ -227,9 +227,9 @@ def test_help_explains_every_option_and_ends_with_examples_that_parse(capsys):
 
 
 def test_a_rate_that_is_left_out_follows_from_the_adapter():
-    assert train.parse([]).lr == 1e-4
-    assert train.parse(["--adapter", "none"]).lr == 1e-6
-    assert train.parse(["--adapter", "replace"]).lr == 1e-6
+    assert train.parse([]).lr == 1e-3
+    assert train.parse(["--adapter", "none"]).lr == 1e-5
+    assert train.parse(["--adapter", "replace"]).lr == 1e-5
     assert train.parse(["--adapter", "none", "--lr", "0.5"]).lr == 0.5
 
 
