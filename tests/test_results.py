@@ -1,9 +1,12 @@
 """Claims about what is measured: the pool, its folds, the tables; and about the polite pairs."""
 
+import csv
 import gzip
 import json
 import math
+from pathlib import Path
 
+import bugs
 import frontier
 import polite
 import pytest
@@ -121,3 +124,29 @@ def test_the_frontier_measures_a_run(monkeypatch, capsys):
     assert abs(point.kl) < 0.5
     assert point.kl_error > 0
     assert 0 < point.reward < 4
+
+
+def test_the_bug_collection_in_results_is_that_of_its_file():
+    """Every bug has its row, and each was caught."""
+    page = (Path(bugs.ROOT) / "results" / "README.md").read_text()
+    assert bugs.table() in page
+    with open(bugs.CSV, newline="") as file:
+        rows = {row["bug"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {bug.name for bug in bugs.BUGS} | {"(none)"}
+    assert all(rows[bug.name]["caught"] == "yes" for bug in bugs.BUGS)
+
+
+def test_each_patch_finds_its_line(tmp_path):
+    """In the code of today. A text that is gone is an error that names the bug."""
+    bugs.copy_project(tmp_path)
+    before = {name: (tmp_path / name).read_text() for name in ("dpo.py", "data.py", "model.py",
+                                                               "train.py", "judge.py")}
+    for bug in bugs.BUGS:
+        bugs.apply(bug, tmp_path)
+        changed = [name for name in before if (tmp_path / name).read_text() != before[name]]
+        assert changed == sorted({name for name, _, _ in bug.patches}, key=list(before).index)
+        for name in changed:
+            (tmp_path / name).write_text(before[name])
+    gone = bugs.BUGS[0]._replace(patches=[("dpo.py", "no such text", "")])
+    with pytest.raises(ValueError, match=r"no shift: 'no such text' stands in dpo.py 0 times"):
+        bugs.apply(gone, tmp_path)
