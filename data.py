@@ -398,8 +398,8 @@ def make_grids(rows: list[np.ndarray], length: int,
     cells of two.
 
     For DPO a prompt stands in two rows. Its tokens have the same results in both: no token sees
-    what comes later. Either may be taken, and feeds both responses from there on: a prompt's token
-    stands in the line only once.
+    what comes later. Either may be taken. No gradient is lost by that: the token stands in the line
+    only once, and the next layer gathers it for both responses again.
     """
     order = np.arange(len(rows))
     if count > 1:
@@ -425,7 +425,8 @@ def make_grids(rows: list[np.ndarray], length: int,
 
 def joined(arrays: list) -> Tensor:
     """One int64 tensor of all these arrays, one after the other: torch indexes with int64 alone."""
-    # "unsafe": to numpy an empty list, as a response of one token leaves it, is of floats.
+    # "unsafe": ids may also be lists, and to numpy an empty list is of floats. A response of one
+    # token leaves an empty one.
     return torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe"))
 
 

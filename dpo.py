@@ -168,7 +168,7 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,
         "rewards/margins": margin,
-        "rewards/accuracies": wins + ties / 2,         # where policy and reference are equal: 1/2
+        "rewards/accuracies": wins + ties / 2,         # a tie counts 1/2 (in trl: 0)
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
         # The loss sees only the margin, so it can fall although both rewards fall. This is the
@@ -430,7 +430,8 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
 
     # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. Near 0 the steps are fine. So we
     # subtract from the logits of each prediction their mean, which changes no softmax. To subtract
-    # the mean row from all rows of the head does just that. The mean has no part in the gradient.
+    # the mean row from all rows of the head does just that. As no softmax changes, the gradient by
+    # the mean is 0; detach saves the work of finding that out.
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
     head = head - head.detach().mean(0)
 

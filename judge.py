@@ -95,7 +95,8 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
            max_prompt_tokens: int, sampling: Sampling) -> list[Answer]:
     """An answer to each prompt, in hh-rlhf's form. All prompts go through the model at once.
 
-    An answer ends with end-of-text, before the next "\\n\\nHuman:", or at the limit. A prompt that
+    Sampling stops at end-of-text, at the next "\\n\\nHuman:", or at the limit; an answer's text is
+    without that ending. A prompt that
     is too long loses its beginning, as in training.
     """
     def asks_again(ids: list[int]) -> bool:            # ids: of the answer so far
@@ -195,7 +196,7 @@ def all_texts(folder: Path, options: dict, args: argparse.Namespace, names: Iter
     Returns the texts, by "prompt", "chosen", "rejected" and the models' names; and the models'
     answers, by name.
     """
-    encoding = data.encoding_of(demo=False)
+    encoding = data.encoding_of(demo=False)            # a demo's run is only asked, never judged
     pairs = drawn_pairs(options, args.prompts, args.seed)
     questions = []
     for pair in pairs:         # data.py has dropped dialogues of several questions
@@ -295,8 +296,8 @@ def compare(judge: JudgeFunction, prompt: str, answer: str, other: str) -> Verdi
     """Ask a judge in both orders which of two answers is better.
 
     Many judges prefer a place, A or B, whatever stands there (Zheng et al. 2023, arXiv:2306.05685).
-    A judge that always says "A" would find every answer better than every other if it were asked in
-    one order alone. In both orders it contradicts itself, and the verdict is a draw.
+    A judge that always says "A", asked in one order alone, would let the answer win that stands
+    first, whatever it is. In both orders it contradicts itself, and the verdict is a draw.
 
     >>> compare(lambda prompt, a, b: "A", "Hello", "Hi!", "Go away.")
     Verdict(score=0.5, letters=('A', 'A'))
@@ -351,10 +352,10 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
 def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     """How often the answer is better: the mean score over prompts, and its 95% interval.
 
-    Verdicts that can't be read are counted, and are neither wins nor losses. "rate", "low" and
-    "high" are None without verdicts, and for a judge that was asked and could never be read.
-    Wilson's interval is of scores that are 0 or 1. Scores of 1/2 vary less, so for them it is wider
-    than need be.
+    Verdicts that can't be read are counted as "unreadable", and left out of the rate. "rate", "low"
+    and "high" are None without verdicts, and for a judge that was asked and could never be read.
+    Wilson's interval supposes scores of 0 or 1. Draws, of 1/2, make scores vary less, so the
+    interval is a little too wide: on the safe side.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -740,9 +741,9 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text.
 
     The mean of log p_tuned(answer) - log p_sft(answer) over answers that the tuned model sampled at
-    temperature 1 and top_p 1. (Times beta, this difference is DPO's implicit reward, up to a term
-    that depends on the prompt alone.) The KL grows with the length to which answers are cut, as
-    each token adds its part. A single answer gives no interval.
+    temperature 1 and top_p 1. (Times beta, this difference is DPO's implicit reward.) The KL
+    grows with the length to which answers are cut, as each token adds its part. A single answer
+    gives no interval.
     """
     logps = {}
     for name in ("tuned", "sft"):

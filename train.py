@@ -266,7 +266,7 @@ def train(config: Config) -> int:
 def epochs_for(pairs: int, batch_pairs: int) -> int:
     """How many passes over so many pairs come nearest to 250 updates: at least 1, at most 10.
 
-    A rate of learning suits a number of updates. So few pairs are seen several times.
+    A learning rate suits a certain number of updates. A small data set is therefore repeated.
 
     >>> [epochs_for(pairs, batch_pairs=32) for pairs in (45_000, 2_700, 750, 100)]
     [1, 3, 10, 10]
@@ -332,9 +332,10 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     seconds = 0.0                                      # that these updates took
 
     while True:
-        # Validation: before the first update, every val_every updates, and after the last. Save
-        # first: a run that is killed in a validation then makes that validation once more, from the
-        # same weights, and it counts only once for patience.
+        # Validation: before the first update, every val_every updates, and after the last. With 12
+        # updates and val_every 4, V for a validation and u for an update: V uuuu V uuuu V uuuu V.
+        # Save first: a run that is killed in a validation then makes that validation once more,
+        # from the same weights, and it counts only once for patience.
         step = state.step
         if step % val_every == 0 or step == total_steps:
             save_last(run, stage, model, optimizer, scaler, reference, state)

@@ -66,6 +66,7 @@ def test_a_role_that_no_pair_has_is_refused_by_name(best):
 def test_the_tokenizer_ends_texts_with_gpt2_s_token(best):
     tokenizer = transformers.AutoTokenizer.from_pretrained(best)
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == 50256
+    assert tokenizer.unk_token == "<|endoftext|>"      # and no token that GPT-2 doesn't have
     assert len(tokenizer) == 50257
 
 

@@ -97,7 +97,8 @@ def test_a_run_from_nothing_through_every_mishap(hub, tmp_path):
     assert steps == sorted(set(steps), key=lambda step: (step[0] == "dpo", step[1]))
 
     best = folder / "out" / "best"
-    assert {*data.TOKENIZER_FILES, "config.json", "model.safetensors"} == set(os.listdir(best))
+    expected = {*data.TOKENIZER_FILES, "config.json", "model.safetensors"}
+    assert set(os.listdir(best)) == set(os.listdir(folder / "out" / "sft")) == expected
     chat = [{"role": "user", "content": "Yes?"}]
     answer = transformers.pipeline("text-generation", model=str(best))(chat, max_new_tokens=3)
     assert answer[0]["generated_text"][-1]["role"] == "assistant"

@@ -520,7 +520,7 @@ def test_own_pairs_train_too(world, capfd):
 
 
 def test_few_pairs_are_seen_several_times_unless_epochs_are_given(world, monkeypatch):
-    """32 pairs in 4 updates: at most 10 passes, so 40 updates. The rate falls over all of them."""
+    """31 pairs in 4 updates: at most 10 passes, so 40 updates. The rate falls over all of them."""
     bytes_as_tokens(monkeypatch)
     for epochs, updates in ((0, 40), (2, 8)):
         out = world / f"epochs{epochs}"
@@ -530,6 +530,15 @@ def test_few_pairs_are_seen_several_times_unless_epochs_are_given(world, monkeyp
         steps = of(lines_of(out), "dpo", "train")
         assert steps[-1]["step"] == updates
         assert steps[-1]["lr"] == pytest.approx(3e-4)      # a tenth of the highest
+
+
+def test_the_passes_are_those_that_come_nearest_to_250_updates(world, monkeypatch):
+    """With 31 pairs in 31 updates: 8 passes, 248 updates."""
+    bytes_as_tokens(monkeypatch)
+    out = world / "nearest"
+    words = argv(world, out, epochs=0, sft_epochs=0, batch_pairs=1, log_every=32, **BYTES)
+    assert train.main(words) == 0
+    assert of(lines_of(out), "dpo", "train")[-1]["step"] == 248
 
 
 def test_the_share_of_own_pairs_for_the_test_is_an_option(world, monkeypatch):
