@@ -455,14 +455,39 @@ def fold_table(lines: list[dict]) -> str:
     return judge.table(header, rows)
 
 
-def tables() -> str:
-    """The tables of results/README.md, of the newest commit in runs.csv."""
-    lines = read_csv(CSV)
-    newest = lines[-1]["commit"]
-    lines = [line for line in lines if line["commit"] == newest]
+def polite_table(lines: list[dict]) -> str:
+    """The polite pairs: DPO, and always the longer answer, on the same pairs."""
+    rows = []
+    for line in lines:
+        if line["fold"] == "polite":
+            numbers = []
+            for name in ("loss", "rewards/margins"):
+                numbers.append(float(line[name]) if line[name] else "")
+            rows.append([line["row"], with_interval(line["scores"]), *numbers, line["best_step"],
+                         line["seconds"]])
+    header = ["", "accuracy", "loss", "margin", "best update", "seconds"]
+    return judge.table(header, rows)
+
+
+def newest(lines: list[dict], is_polite: bool) -> tuple[str, list[dict]]:
+    """The lines of the newest commit, of the polite pairs or of folds; before them their source."""
+    lines = [line for line in lines if (line["fold"] == "polite") == is_polite]
+    commit = lines[-1]["commit"]
+    lines = [line for line in lines if line["commit"] == commit]
     machines = sorted({f"{line['machine']}, {line['dtype']}" for line in lines if line["dtype"]})
-    return "\n\n".join([f"Training code of commit {newest}, on {'; '.join(machines)}.",
-                        main_table(lines), fold_table(lines)])
+    return f"Training code of commit {commit}, on {'; '.join(machines)}.", lines
+
+
+def tables() -> str:
+    """The tables of results/README.md, from runs.csv. The folds' are left out before there are any.
+    """
+    lines = read_csv(CSV)
+    source, polite_lines = newest(lines, is_polite=True)
+    parts = [source, polite_table(polite_lines)]
+    if any(line["fold"] != "polite" for line in lines):
+        source, fold_lines = newest(lines, is_polite=False)
+        parts += [source, main_table(fold_lines), fold_table(fold_lines)]
+    return "\n\n".join(parts)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import transformers
 
 import data
 import dpo
+import results
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,6 +132,12 @@ def test_at_most_1600_words_of_prose():
     """Code, tables and sample output not counted."""
     lines = [line for line in README.splitlines() if not line.startswith(("    ", "|", "<!--"))]
     assert len(" ".join(lines).split()) <= 1600
+
+
+def test_the_easy_pairs_are_those_of_runs_csv():
+    _, lines = results.newest(results.read_csv(results.CSV), is_polite=True)
+    for line in lines:
+        assert results.with_interval(line["scores"]) in README
 
 
 def example(text: str) -> str:

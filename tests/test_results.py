@@ -126,6 +126,12 @@ def test_the_frontier_measures_a_run(monkeypatch, capsys):
     assert 0 < point.reward < 4
 
 
+def test_the_tables_in_results_are_those_of_runs_csv():
+    page = (Path(bugs.ROOT) / "results" / "README.md").read_text()
+    for part in results.tables().split("\n\n"):
+        assert part in page
+
+
 def test_the_bug_collection_in_results_is_that_of_its_file():
     """Every bug has its row, and each was caught."""
     page = (Path(bugs.ROOT) / "results" / "README.md").read_text()
