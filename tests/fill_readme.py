@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUESTION = "Name a lucky digit."
+QUESTION = ("--ask", "Name a lucky digit.", "--seed", "3")
 
 
 def output_of(*words: str) -> str:
@@ -35,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder, "demo"))
         demo = output_of("train.py", "--demo", "--out", out).splitlines()
-        asked = output_of("judge.py", out, "--ask", QUESTION).strip().splitlines()
+        asked = output_of("judge.py", out, *QUESTION).strip().splitlines()
     path = ROOT / "README.md"
     text = path.read_text()
     text = fill(text, "demo", [line for line in demo if line.startswith(("answer", "demo"))])

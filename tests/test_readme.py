@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import bugs
 import pytest
 import torch
 import transformers
@@ -137,7 +138,18 @@ def test_at_most_1600_words_of_prose():
 def test_the_easy_pairs_are_those_of_runs_csv():
     _, lines = results.newest(results.read_csv(results.CSV), is_polite=True)
     for line in lines:
-        assert results.with_interval(line["scores"]) in README
+        found = results.with_interval(line["scores"])
+        assert found in README.replace("(95% interval ", "(")
+
+
+def test_the_defaults_are_those_of_the_program():
+    adapters = train.Config()
+    everything = train.Config(adapter="none")
+    stated = (f"By default beta is {adapters.beta}, the highest rate {adapters.lr:.0e} for "
+              f"adapters and {everything.lr:.0e} for all weights, and {adapters.batch_pairs} pairs "
+              f"make an update.")
+    assert stated.replace("e-0", "e-") in README
+    assert f"\n{len(bugs.BUGS)} bugs that DPO code has had" in README
 
 
 def example(text: str) -> str:
