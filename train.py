@@ -638,9 +638,8 @@ def save_tokenizer(config: Config, folder: Path) -> None:
         if (source / name).exists():
             write_whole(folder / name, [(source / name).read_bytes()])
 
-    settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False,
-                "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
-                "unk_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE}
+    settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>",
+                "eos_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE}
     write_whole(folder / "tokenizer_config.json", [json.dumps(settings, indent=2).encode()])
 
 

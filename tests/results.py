@@ -2,8 +2,8 @@
 
 Trains with train.py and appends what came out to results/runs.csv, a line for each run. Lines that
 are there are not made again, so a stopped call goes on. `--table` prints the tables of
-results/README.md from that file. `--polite` trains on the pairs of tests/polite.py. `--grid` compares
-rates and epochs by their validation losses in the training part of fold 0, and appends to
+results/README.md from that file. `--polite` trains on the pairs of tests/polite.py. `--grid` tries
+rates and epochs in the training part of fold 0, compares their validation losses, and appends to
 results/grid.csv.
 
 Read from top to bottom:
