@@ -330,10 +330,9 @@ def measure_polite(args: argparse.Namespace) -> None:
     options = train.Config()
     splits, _ = data.split(data.read_pairs(path)[0], [], options.val_share, options.test_share)
     line = dpo_row(folder, POLITE, {"model": args.model, "pairs": path}, splits["test"], False)
-    _, lengths = logps_of(folder / "polite_pairs" / "sft", splits["test"])
     append_csv(CSV, FIELDS, shared | line)
-    append_csv(CSV, FIELDS, shared | {"row": BASELINES[0],
-                                      "scores": scores_of((lengths[0] - lengths[1]).tolist())})
+    for baseline in baselines(folder / "polite_pairs" / "sft", splits["test"], ""):
+        append_csv(CSV, FIELDS, shared | baseline)
 
 
 # 4. The grid ------------------------------------------------------------------------------------
