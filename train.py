@@ -108,8 +108,8 @@ class Config:
     max_norm: float = option(1.0, "a longer gradient is shortened to this length")
 
     # Validations, log lines, saves
-    vals_per_epoch: int = option(4, "validations in an epoch, at most; there is one before the "
-                                    "first update, too, and always one after the last")
+    vals: int = option(8, "validations, evenly spaced over the updates, the last one at the end; "
+                          "there is one before the first update, too")
     patience: int = option(4, "training ends early after so many validations in a row without a "
                               "lower loss")
     log_every: int = option(10, "updates between two lines of the log")
@@ -311,7 +311,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     updates_per_epoch = math.ceil(len(splits["train"]) / config.batch_pairs)
     total_steps = epochs * updates_per_epoch
     warmup_steps = round(config.warmup_share * total_steps)
-    val_every = math.ceil(updates_per_epoch / config.vals_per_epoch)
+    val_every = max(1, math.ceil(total_steps / config.vals))  # without SFT there is no step
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)

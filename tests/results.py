@@ -293,7 +293,8 @@ def measure(args: argparse.Namespace) -> None:
     conftest.offline_vocabulary()
     pool = clean_pool(Path(args.hh_dir))
     shared = {"seed": 0, "commit": training_commit(), "machine": machine()}
-    for fold in range(FOLDS):
+    folds = range(FOLDS) if args.fold is None else [args.fold]
+    for fold in folds:
         folder = Path(args.out) / f"fold{fold}"
         write_fold(pool, fold, folder / "hh")
         pairs, kinds = pairs_of_fold(folder / "hh", "test")
@@ -366,7 +367,7 @@ def try_grid(args: argparse.Namespace) -> None:
             start = {"model": sft, "sft_epochs": 0}
         sft = sft or out / "sft"
         whole = {"hh_dir": folder / "hh", "subsets": ",".join(SUBSETS), "out": out,
-                 "val_share": 0.25, "patience": 99, "vals_per_epoch": 2} | start | options
+                 "val_share": 0.25, "patience": 99, "vals": 2} | start | options
         if (command_of(whole), common["commit"]) in done or not re.search(args.only, out.name):
             continue
         run = train_once(whole)
@@ -496,6 +497,8 @@ def main() -> None:
     parser.add_argument("--hh_dir", default="hh-rlhf", help="a folder that holds all subsets")
     parser.add_argument("--out", default="out/results", help="a folder for the runs")
     parser.add_argument("--only", default="", help="rows whose names match this expression")
+    parser.add_argument("--fold", type=int, choices=range(FOLDS),
+                        help="this fold alone, to let other folds run elsewhere at the same time")
     parser.add_argument("--grid", action="store_true", help="compare rates and epochs instead")
     parser.add_argument("--polite", action="store_true", help="train on polite pairs instead")
     parser.add_argument("--table", action="store_true", help="print the tables, and stop")

@@ -29,7 +29,7 @@ TOKENS_PER_PAIR = 6            # that the model reads: a prompt of 3, then 1 of 
 CLOCK = ("tokens_per_second", "seconds_left")
 
 # Validations at 0, 4, 8 and 12; lines at 3, 6, 9 and 12; saves at 5 and 10, and at validations.
-OPTIONS = {"epochs": 1, "batch_pairs": 2, "micro_pairs": 1, "vals_per_epoch": 3, "patience": 99,
+OPTIONS = {"epochs": 1, "batch_pairs": 2, "micro_pairs": 1, "vals": 3, "patience": 99,
            "log_every": 3, "save_every": 5, "warmup_share": 0.25}
 
 
@@ -137,19 +137,19 @@ def best_saves(monkeypatch) -> list[Path]:
 
 # When
 
-@pytest.mark.parametrize(("pairs", "epochs", "vals_per_epoch", "expected"), [
+@pytest.mark.parametrize(("pairs", "epochs", "vals", "expected"), [
     (12, 1, 2, [0, 3, 6]),
     (13, 1, 2, [0, 4, 7]),         # 7 updates, the last of one pair
     (13, 1, 4, [0, 2, 4, 6, 7]),
     (13, 1, 3, [0, 3, 6, 7]),
-    (6, 2, 1, [0, 3, 6]),
+    (6, 2, 2, [0, 3, 6]),          # of the whole run, not of an epoch
     (4, 1, 1, [0, 2]),
     (4, 1, 9, [0, 1, 2]),          # not more often than after each update
 ])
 def test_validation_comes_at_0_every_n_steps_and_at_the_end(
-        tmp_path, pairs, epochs, vals_per_epoch, expected):
+        tmp_path, pairs, epochs, vals, expected):
     splits = SPLITS | {"train": SPLITS["train"][:pairs]}
-    found = fit(tmp_path, splits=splits, epochs=epochs, vals_per_epoch=vals_per_epoch)
+    found = fit(tmp_path, splits=splits, epochs=epochs, vals=vals)
     assert steps_of(tmp_path, "val") == expected
     assert found.state.step == expected[-1]
 
@@ -205,7 +205,7 @@ def test_speed_is_of_updates_alone_and_of_this_process(tmp_path, monkeypatch, sa
         return [(line["tokens_per_second"], line["seconds_left"]) for line in lines]
 
     update_tokens = 2.0 * TOKENS_PER_PAIR
-    options = {"log_every": 2, "save_every": 1, "vals_per_epoch": 1}
+    options = {"log_every": 2, "save_every": 1, "vals": 1}
     start_clock()
     fit(tmp_path / "run", splits=splits, **options)
     assert speeds(tmp_path / "run") == [(update_tokens, 5.0), (update_tokens, 0.0)]
@@ -232,7 +232,7 @@ def test_validation_does_not_count_as_time_of_updates(tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "val_step", val_step)
     monkeypatch.setattr(dpo, "train_step", train_step)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    fit(tmp_path, splits=SPLITS | {"train": SPLITS["train"][:22]}, vals_per_epoch=11)
+    fit(tmp_path, splits=SPLITS | {"train": SPLITS["train"][:22]}, vals=11)
     assert {line["tokens_per_second"] for line in lines_of(tmp_path, "train")} == {6.0}
 
 
@@ -263,7 +263,7 @@ def test_the_loop_is_for_the_named_stage_and_its_folder(tmp_path, best_saves):
 def test_the_best_is_kept_when_later_ones_are_worse(tmp_path, given, best_saves):
     """An equal loss is not better; a nan neither."""
     given([5.0, 3.0, 4.0, 1.0, 1.0, math.nan, 2.0])
-    found = fit(tmp_path, splits=SPLITS | {"train": SPLITS["train"][:12]}, vals_per_epoch=6)
+    found = fit(tmp_path, splits=SPLITS | {"train": SPLITS["train"][:12]}, vals=6)
     assert len(best_saves) == 3
     assert (found.state.best_loss, found.state.best_step) == (1.0, 3)
     lines = lines_of(tmp_path, "val")
@@ -288,7 +288,7 @@ LOSSES = [5.0, 3.0, 4.0, 4.0, 2.0, 4.0, 2.0, 4.0, 1.0]
 
 def test_training_ends_when_patience_does(tmp_path, given, saves, capsys):
     """A lower loss at 4 starts the count anew: 3 validations without one are 5, 6 and 7."""
-    options = {"vals_per_epoch": UPDATES, "patience": 3}
+    options = {"vals": UPDATES, "patience": 3}
     given(LOSSES)
     whole = fit(tmp_path / "run", **options)
     assert (whole.state.step, whole.state.best_step) == (7, 4)
@@ -302,7 +302,7 @@ def test_training_ends_when_patience_does(tmp_path, given, saves, capsys):
 
 def test_a_loop_that_has_ended_ends_again_at_once(tmp_path, given, monkeypatch):
     """Its last validation is made once more, since last.pt was written before it."""
-    options = {"vals_per_epoch": UPDATES, "patience": 3}
+    options = {"vals": UPDATES, "patience": 3}
     given(LOSSES)
     whole = fit(tmp_path, **options)
     lines = lines_of(tmp_path)

@@ -263,7 +263,7 @@ def run(tmp_path, weights, monkeypatch) -> SimpleNamespace:
 
     def write_config(**changed):
         (out / "config.json").write_text(json.dumps(
-            {"format": 3, "options": options | changed, "audit": {}, "versions": {}}))
+            {"format": data.RUN_FORMAT, "options": options | changed, "audit": {}, "versions": {}}))
     write_config()
 
     def call(server, *words):
@@ -812,7 +812,7 @@ def demo(tmp_path_factory) -> Path:
         torch.manual_seed(seed)
         save_pretrained(GPT2(GPT2Config(1, 2, 16, 128, 257, 16)), out / name)
     options = {"demo": True, "max_prompt_tokens": 60, "model": "gpt2"}
-    (out / "config.json").write_text(json.dumps({"format": 3, "options": options}))
+    (out / "config.json").write_text(json.dumps({"format": data.RUN_FORMAT, "options": options}))
     return out
 
 

@@ -105,7 +105,7 @@ def argv(world: Path, out: str | Path, **options) -> list[str]:
     options = {"model": world / "gpt2", "hh_dir": world / "hh", "subsets": ",".join(SUBSETS),
                "out": world / out, "dtype": "float32", "max_tokens": 32, "max_prompt_tokens": 20,
                "val_share": 0.25, "test_share": 0.25, "sft_lr": 3e-3, "lr": 3e-3, "epochs": 1,
-               "batch_pairs": 8, "vals_per_epoch": 1, "patience": 99, "log_every": 1} | options
+               "batch_pairs": 8, "vals": 1, "patience": 99, "log_every": 1} | options
     if options["model"] == "bytes":
         options["model"] = world / "bytes"
     words = []
@@ -297,7 +297,7 @@ def test_a_folder_of_the_first_edition_is_refused_and_left_as_it_is(resume, worl
     options = {"resume": True} if resume else {}
     found = refused(argv(world, out, **options), capfd)
     assert str(out) in found
-    assert "another edition of this code (format 1), expected 3" in found
+    assert "another edition of this code (format 1), expected 4" in found
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -314,7 +314,7 @@ def test_a_run_that_diverges_ends_with_one_line_that_names_the_last_good_checkpo
     """A rate of 1e30: after one update no gradient is finite."""
     out = world / "diverged"
     found = refused(argv(world, "diverged", sft_lr=1e30, warmup_share=0, sft_epochs=3,
-                         batch_pairs=4, log_every=10, vals_per_epoch=1), capfd)
+                         batch_pairs=4, log_every=10, vals=1), capfd)
     assert "finite" in found
     assert str(out / "sft") in found
     for weight in GPT2.from_pretrained(out / "sft").parameters():
@@ -329,7 +329,8 @@ RUNS = {
     "replace": BYTES | {"adapter": "replace", "adapter_width": 20},
     "pretrained": BYTES | {"adapter": "replace", "adapter_width": 32,
                            "adapter_init": "pretrained", "sft_epochs": 0},
-    "overfit": BYTES | {"lr": 0.03, "epochs": 12, "patience": 3, "log_every": 5, "beta": 1.0},
+    "overfit": BYTES | {"lr": 0.03, "epochs": 12, "vals": 12, "patience": 3, "log_every": 5,
+                        "beta": 1.0},
 }
 
 
@@ -757,8 +758,8 @@ def test_any_other_error_is_a_fault_of_the_code_and_comes_through(world, tmp_pat
 # Stops, and going on.
 
 # Saves, validations and lines come at different updates: each may be the last before a stop.
-STOPPED = BYTES | {"adapter_width": 8, "epochs": 6, "log_every": 3, "batch_pairs": 4,
-                   "save_every": 4}
+STOPPED = BYTES | {"adapter_width": 8, "epochs": 6, "vals": 6, "log_every": 3,
+                   "batch_pairs": 4, "save_every": 4}
 
 
 def stop_before(update: int, words: list[str], monkeypatch) -> int:
@@ -966,12 +967,12 @@ def test_a_run_that_is_killed_at_the_worst_moments_ends_as_if_it_had_not_been(
     out = world / "killed"
     words = argv(world, "killed", resume=True, **STOPPED)
     steps = []
-    for moment in (("replace", 4), ("replace", 7), ("train_step", 8), ("replace", 6),
+    for moment in (("replace", 4), ("replace", 7), ("train_step", 12), ("replace", 6),
                    ("train_step", 6)):
         assert jobs.run(words, (*moment, signal.SIGKILL)) == -signal.SIGKILL, log_of(out)
         saved = torch.load(out / "last.pt")
         steps.append((saved["stage"], saved["state"]["step"]))
-    assert steps == [("sft", 0), ("sft", 8), ("dpo", 4), ("dpo", 8), ("dpo", 12)]
+    assert steps == [("sft", 0), ("sft", 2), ("dpo", 4), ("dpo", 8), ("dpo", 12)]
     assert jobs.run(words) == 0, log_of(out)
     assert_same(out, undisturbed)
 
