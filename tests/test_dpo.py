@@ -488,6 +488,7 @@ def test_val_step_returns_means_over_the_pairs_of_uneven_batches():
 @pytest.mark.parametrize("mean, count, expected", [
     (0.8, 10, (0.490, 0.943)),
     (1.0, 10, (0.722, 1.0)),
+    (1.0, 1, (0.207, 1.0)),
     (0.0, 5, (0.0, 0.434)),
     (0.5, 100, (0.404, 0.596)),
 ])
@@ -504,6 +505,13 @@ def test_wilsons_interval_holds_the_true_share_in_95_of_100_samples():
         if low <= 0.7 <= high:
             covered += 1
     assert covered / 4000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_wilsons_interval_is_one_of_shares_also_where_rounding_leaves_it():
+    """Without a limit the upper end of 20 of 20 were 1 + 2e-16, the lower one of 0 of 7 -3e-17."""
+    for count in range(1, 400):
+        assert dpo.wilson_interval(1.0, count)[1] <= 1.0
+        assert dpo.wilson_interval(0.0, count)[0] >= 0.0
 
 
 @pytest.mark.parametrize("mean, count", [
@@ -529,6 +537,8 @@ def test_the_rate_is_exact_where_it_can_be_worked():
     assert rate(14, final=0.0) == 0.0
     assert dpo.cosine_lr(0, 8.0, 0, 5) == 8.0
     assert dpo.cosine_lr(0, 8.0, 1, 1) == 8.0
+    # Two updates on the cosine: its top, and its end.
+    assert [dpo.cosine_lr(step, 8.0, 1, 3) for step in range(3)] == [8.0, 8.0, 0.8]
 
 
 class Slope(nn.Module):
@@ -583,6 +593,11 @@ def test_a_long_gradient_is_clipped_and_its_own_norm_told():
     found = dpo.train_step(model, [slope_batch(3.0, 5.0)], optimizer, slope_loss, max_norm=0.5)
     assert model.w.item() == pytest.approx(-0.5, rel=1e-5)
     assert found["grad_norm"] == 4.0
+
+    model = Slope()                                    # to 1, where nothing else is asked for
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    dpo.train_step(model, [slope_batch(3.0, 5.0)], optimizer, slope_loss)
+    assert model.w.item() == pytest.approx(-1.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -712,6 +727,14 @@ def test_the_start_may_differ_by_rounding():
     dpo.check_start(START, START.clone())
     dpo.check_start(START * (1 + 1e-7), START)
     dpo.check_start(START * (1 - 1e-7), START)
+
+
+def test_the_start_may_differ_by_4_times_the_relative_precision():
+    """Of float32, which is 2**-23: at -128 these are 4 * 2**-16 nats."""
+    start = torch.full((4,), -128.0)
+    dpo.check_start(start + 4 * 2**-16, start)
+    with pytest.raises(ValueError, match="before the first update"):
+        dpo.check_start(start + 4.5 * 2**-16, start)
 
 
 @pytest.mark.parametrize("policy", [
