@@ -430,6 +430,22 @@ def test_autocast_is_for_the_model_and_the_loss_is_float32():
     assert 1e-6 < ((logps - exact) / exact).abs().max() < 0.01     # bfloat16 was used, and is near
 
 
+def test_under_autocast_the_heads_products_are_bfloat16_too(monkeypatch):
+    """Autocast leaves the function alone that makes them, so its arguments must be bfloat16."""
+    seen = []
+    real = dpo.TargetLogps.apply
+
+    def apply(hidden, head, targets, piece):
+        seen.append((hidden.dtype, head.dtype))
+        return real(hidden, head, targets, piece)
+    monkeypatch.setattr(dpo.TargetLogps, "apply", apply)
+    batch = data.pack(PAIRS, NUMBERS)
+    dpo.packed_logps(GPT2(TINY), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        dpo.packed_logps(GPT2(TINY), batch)
+    assert seen == [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
+
+
 # What one watches -------------------------------------------------------------------------------
 #
 # A policy that is a table of logps. With beta 1/2, of these four pairs the chosen rewards are
