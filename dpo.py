@@ -11,11 +11,11 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 
 The letters in the shapes: B pairs, R rows, T tokens of a row, V tokens of the vocabulary.
 
-This file needs torch alone, so it can be copied; only section 5 works with the batches of data.py
-and the GPT2 of model.py. Here it trains a model of `transformers`, on the CPU. Come back to this
-example after section 4. `batches` is a list of batches of 8 pairs, as data.pad makes them: each is
-an object with tokens (16, T), mask (16, T) and numbers (8,), those of the pairs in the data
-set. The 8 rows with the chosen responses come first.
+This file needs torch alone, so it can be copied. A batch may be any object that has `numbers` (B,),
+which say where its pairs stand in the data set; section 5 alone needs the batches of data.py, and
+the GPT2 of model.py. Here it trains a model of `transformers`, on the CPU. Come back to this
+example after section 4. `batches` is a list of batches of 8 pairs, as data.pad makes them: tokens
+(16, T), mask (16, T) and numbers (8,). The 8 rows with the chosen responses come first.
 
     from dpo import check_start, cosine_lr, dpo_metrics, reference_logps, sequence_logps
     from dpo import train_step
@@ -33,10 +33,10 @@ set. The 8 rows with the chosen responses come first.
     model.eval()                                        # dropout would be noise in the rewards
     reference = reference_logps(logps_of, model, batches, pair_count=8 * len(batches))
     check_start(logps_of(model, batches[0]), reference_of(batches[0]))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)    # its rate: see below
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     for step, batch in enumerate(batches):
         lr = cosine_lr(step, peak=1e-6, warmup_steps=10, total_steps=len(batches))
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr            # before it, the rate was 0
         metrics = train_step(model, [batch], optimizer, loss_function)
 """
 
@@ -110,7 +110,7 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
 
     log_softmax = logits.log_softmax(-1)                                   # (R, T-1, V)
     token_logps = log_softmax.gather(-1, targets[:, :, None]).squeeze(-1)  # (R, T-1)
-    token_logps = token_logps.masked_fill(~is_response, 0.0)               # -inf * 0 would be nan
+    token_logps = token_logps.masked_fill(~is_response, 0.0)
     return token_logps.sum(-1)                         # a sum, not a mean: of a whole response
 
 
@@ -180,11 +180,12 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     """The 95% interval of a share: what it may be, given that `count` samples had this mean.
 
-    Wilson 1927 (JASA 22, p. 209): all shares p with |mean - p| <= z * sqrt(p * (1 - p) / count). It
-    has some width even where all samples agree, unlike mean +- 1.96 standard errors. A sample may
-    also be a score between 0 and 1, such as 1/2 for a tie. Such scores vary less than zeros and
-    ones with the same mean, so the interval is then wider than it need be. Raises ValueError unless
-    count is above 0 and mean lies in [0, 1].
+    Wilson 1927 (JASA 22, p. 209): all shares p with |mean - p| <= z * sqrt(p * (1 - p) / count).
+    Under the root stands how much samples vary if their true share is p. So the interval has some
+    width even where all samples agree, unlike mean +- 1.96 standard errors. A sample may also be a
+    score between 0 and 1, such as 1/2 for a tie. Such scores vary less than zeros and ones with the
+    same mean, so the interval is then wider than it need be. Raises ValueError unless count is
+    above 0 and mean lies in [0, 1].
 
     >>> low, high = wilson_interval(1.0, 2)  # two of two
     >>> f"{low:.2f} to {high:.2f}"
@@ -194,12 +195,13 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
         raise ValueError(f"a mean of {mean} over {count} samples: expected a mean from 0 to 1, "
                          f"over at least one sample")
     z = 1.959964                                       # 95% of a normal distribution lie within z
-    # |mean - p| = z * sqrt(p * (1 - p) / count), squared, is a quadratic equation in p. The formula
-    # for such equations gives its two solutions, center - half_width and center + half_width.
-    center = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
-    variance = mean * (1 - mean) / count + z**2 / (4 * count**2)
-    half_width = z * math.sqrt(variance) / (1 + z**2 / count)
-    return max(0.0, center - half_width), min(1.0, center + half_width)
+    # At the ends of the interval (mean - p)**2 = z**2 * p * (1 - p) / count. Sorted by powers of p,
+    # that is a * p**2 - 2 * b * p + c = 0, whose solutions are (b - root) / a and (b + root) / a.
+    a = 1 + z**2 / count
+    b = mean + z**2 / (2 * count)
+    c = mean**2
+    root = math.sqrt(max(0.0, b**2 - a * c))           # rounding may leave it just below 0
+    return max(0.0, (b - root) / a), min(1.0, (b + root) / a)
 
 
 # 4. Training ------------------------------------------------------------------------------------
@@ -211,8 +213,8 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
 
     It grows linearly to `peak` over the first warmup_steps updates. Then it falls along half a
     cosine, to final * peak at the last update. A warm-up begins with peak / warmup_steps, not 0: an
-    update with a rate of 0 would be wasted. Below, two updates go up, and five stand on the cosine:
-    its top, and four steps down.
+    update with a rate of 0 would be wasted. Below, the updates 0 and 1 warm up. Update 2 is the top
+    of the cosine, with the peak once more, and update 6, the last, is its end.
 
     >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
@@ -240,7 +242,7 @@ def mean_over_pairs(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def as_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """The numbers of tensors (). All are read at once: for each read, Python waits for the GPU."""
+    """Tensors () as numbers. All are read at once: for each read, Python waits for the GPU."""
     numbers = torch.stack(list(metrics.values())).tolist()
     return dict(zip(metrics, numbers, strict=True))
 
@@ -263,7 +265,8 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     optimizer stay as they were, and "skipped" is 1.
     """
     if scaler is None:
-        scaler = torch.amp.GradScaler(enabled=False)   # only its step does something: the update
+        # Its step is optimizer.step(), its scale returns the loss, and the rest does nothing.
+        scaler = torch.amp.GradScaler(enabled=False)
 
     pair_count = sum(len(batch.numbers) for batch in micro_batches)
     parts = []
@@ -280,12 +283,12 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     means = mean_over_pairs(parts)
-    means["grad_norm"] = grad_norm                     # to be read together with them
+    means["grad_norm"] = grad_norm                     # so that all are read at once
     result = as_floats(means)
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
         scaler.step(optimizer)                         # optimizer.step()
-    scaler.update()        # a lower scale for the next step, if unscale_ has met inf or nan
+    scaler.update()        # a lower scale for the next update, if unscale_ found inf or nan above
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -310,7 +313,8 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
     At this moment all rewards are 0 and the loss of equation 7 is log 2. If they are not, training
     would still run, towards a wrong goal. This check catches dropout that was left on, a reference
     that another checkpoint gave, and an adapter that changes the model before it has learnt
-    anything; and a wrong order of the pairs, as far as this batch shows it.
+    anything; and a wrong order of the pairs, as far as this batch shows it. It can't catch what is
+    wrong in both alike, such as a wrong mask.
 
     Only rounding is allowed, of 4 times float32's relative precision: some devices add up numbers
     in a changing order. For logps near -150 that is 4 * 1.2e-7 * 150 = 0.00007 nats.
@@ -429,14 +433,15 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     hidden = hidden.index_select(0, batch.predicts)    # (M, C): only what predicts a response
 
     # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. Near 0 the steps are fine. So we
-    # subtract from the logits of each prediction their mean, which changes no softmax. To subtract
-    # the mean row from all rows of the head does just that. As no softmax changes, the gradient by
-    # the mean is 0; detach saves the work of finding that out.
+    # subtract from the logits of each prediction their mean, which changes no softmax. The mean of
+    # the products h . head[word] is h . (the mean of all head[word]): so it does to subtract the
+    # mean row from the head. As no softmax changes, the gradient by the mean is 0; detach saves the
+    # work of finding that out.
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
     head = head - head.detach().mean(0)
 
-    # Autocast does not reach into a backward pass. Without these casts the products in that of
-    # TargetLogps would be in float32, and slow.
+    # Autocast does not reach into a backward pass. Without these casts the products in
+    # TargetLogps.backward would be in float32, and slow.
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         hidden = hidden.to(torch.get_autocast_dtype(device_type))
