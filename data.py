@@ -37,7 +37,7 @@ from torch import Tensor
 
 try:
     import fcntl
-except ImportError:                # Windows has no such locks: two processes there don't wait
+except ImportError:                # Windows has no such locks: see lock
     fcntl = None
 
 # 1. Pairs ---------------------------------------------------------------------------------------
@@ -148,12 +148,14 @@ def parse_line(line: bytes) -> Pair | str:
 
 
 def as_dialogue(prompt: str) -> str:
-    """A prompt in hh-rlhf's form, whether its turns were marked or not.
+    r"""A prompt in hh-rlhf's form, whether its turns were marked or not.
 
-    >>> as_dialogue("Hello") == as_dialogue("Human: Hello") == "\\n\\nHuman: Hello\\n\\nAssistant:"
-    True
+    >>> as_dialogue("Say Assistant:")
+    '\n\nHuman: Say Assistant:\n\nAssistant:'
+    >>> as_dialogue("\n\nHuman: Say Assistant:\n\nAssistant:")
+    '\n\nHuman: Say Assistant:\n\nAssistant:'
     """
-    prompt = re.sub(r"\n+Assistant:$", "", prompt.strip())  # only where it stands on its own line
+    prompt = re.sub(r"\n+Assistant:$", "", prompt.strip())  # the mark, on a line of its own
     if not prompt.startswith("Human:"):
         prompt = "Human: " + prompt
     return "\n\n" + prompt + ASSISTANT
@@ -163,11 +165,13 @@ def split(pairs: list[Pair], test: list[Pair], val_share: float,
           test_share: float) -> tuple[dict[str, list[Pair]], Counter]:
     """The splits "train", "val" and "test", and how many pairs were dropped.
 
-    About val_share of the prompts go to val. If `test` is empty, test_share of them go to test. The
-    hash of a prompt decides, so equal prompts are never in two splits, in whatever order the pairs
-    come and on whatever machine. If rows were drawn instead, a prompt that has several pairs would
-    be trained on and tested on. For the same reason, of the other pairs those whose prompt stands
-    in `test` are dropped, and counted.
+    Where there are pairs for the test, `test`, they are the test. Of the others, those with a
+    prompt of the test are dropped, and counted. Where `test` is empty, about test_share of the
+    prompts go to the test. In both cases about val_share of the prompts go to val.
+
+    The hash of a prompt decides, so equal prompts are never in two splits, in whatever order the
+    pairs come and on whatever machine. If rows were drawn instead, a prompt that has several pairs
+    would be trained on and tested on.
     """
     splits = {"train": [], "val": [], "test": list(test)}
     dropped = Counter({"prompt is in test": 0})
@@ -288,7 +292,7 @@ def pad(pairs: list[TokenPair], numbers: Sequence[int]) -> PaddedBatch:
     return PaddedBatch(tokens, mask, torch.as_tensor(numbers, dtype=torch.int64))
 
 
-class Batch(NamedTuple):
+class PackedBatch(NamedTuple):
     """B pairs, packed: the tokens stand in one line, each prompt once, then its two responses.
 
     dpo.packed_logps shows the batch of two short pairs with all its numbers. A batch for supervised
@@ -305,9 +309,9 @@ class Batch(NamedTuple):
     numbers: Tensor                # (B,) the pairs' numbers in the data set
     reference: Tensor              # (2B,) float32: the reference's logps; nan before it was asked
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on a device."""
-        return Batch(
+        return PackedBatch(
             tokens=self.tokens.to(device),
             positions=self.positions.to(device),
             grids=tuple(grid.to(device) for grid in self.grids),
@@ -322,8 +326,8 @@ class Batch(NamedTuple):
 
 
 def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | None = None,
-         sides: tuple[str, ...] = SIDES, grids: int = 1) -> Batch:
-    """The Batch of these pairs, whose numbers in the data set are `numbers` (B,).
+         sides: tuple[str, ...] = SIDES, grids: int = 1) -> PackedBatch:
+    """The PackedBatch of these pairs, whose numbers in the data set are `numbers` (B,).
 
     sides: ("chosen", "rejected") for DPO, or ("chosen",) for supervised fine-tuning.
 
@@ -344,11 +348,11 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
         length += len(pair.prompt)
         for side in sides:
             response = getattr(pair, side)
-            read = response[:-1]   # the last token is predicted, but never read
-            places = np.arange(length, length + len(read))
-            line.append(read)
-            positions.append(len(pair.prompt) + np.arange(len(read)))
-            length += len(read)
+            all_but_last = response[:-1]           # the last token is predicted, but never read
+            places = np.arange(length, length + len(all_but_last))
+            line.append(all_but_last)
+            positions.append(len(pair.prompt) + np.arange(len(all_but_last)))
+            length += len(all_but_last)
             rows[side].append(np.concatenate([prompt_places, places]))
             responses[side].append(response)
 
@@ -374,7 +378,7 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
         assert sides == SIDES, f"the reference is of both sides, the batch of {sides}"
         of_reference = reference[:, torch.as_tensor(numbers)].flatten()      # (2, B) -> (2B,)
     grid_tensors, cells = make_grids(all_rows, length, grids)
-    return Batch(
+    return PackedBatch(
         tokens=joined(line),
         positions=joined(positions),
         grids=grid_tensors,
@@ -398,8 +402,8 @@ def make_grids(rows: list[np.ndarray], length: int,
     cells of two.
 
     For DPO a prompt stands in two rows. Its tokens have the same results in both: no token sees
-    what comes later. Either may be taken. No gradient is lost by that: the token stands in the line
-    only once, and the next layer gathers it for both responses again.
+    what comes later. Either may be taken. No gradient is lost by that: what the two responses need
+    of the prompt are its keys and values, and both rows gather these from the line.
     """
     order = np.arange(len(rows))
     if count > 1:
@@ -425,14 +429,13 @@ def make_grids(rows: list[np.ndarray], length: int,
 
 def joined(arrays: list) -> Tensor:
     """One int64 tensor of all these arrays, one after the other: torch indexes with int64 alone."""
-    # "unsafe": ids may also be lists, and to numpy an empty list is of floats. A response of one
-    # token leaves an empty one.
-    return torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe"))
+    # Some are lists, and of an empty list numpy would make floats.
+    return torch.from_numpy(np.concatenate([np.asarray(ids, np.int64) for ids in arrays]))
 
 
 def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: int, start: int = 0,
             reference: Tensor | None = None, sides: tuple[str, ...] = SIDES,
-            grids: int = 1) -> Iterator[list[Batch]]:
+            grids: int = 1) -> Iterator[list[PackedBatch]]:
     """For each update, from number `start` on and without end, the micro-batches of its pairs.
 
     An epoch holds each pair once; its last update may have fewer pairs. The order is shuffled anew
@@ -441,6 +444,7 @@ def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: in
     a batch of pairs of like length has little padding. reference, sides, grids: see pack.
     """
     updates_per_epoch = math.ceil(len(pairs) / batch_pairs)
+    # With 3 updates an epoch, update number 5 is in epoch 1, of which 2 updates are done.
     first_epoch, done = divmod(start, updates_per_epoch)
     for epoch in itertools.count(first_epoch):
         order = shuffled(len(pairs), seed, epoch)
@@ -451,7 +455,7 @@ def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: in
 
 
 def by_length(pairs: list[TokenPair], micro_pairs: int, reference: Tensor | None = None,
-              sides: tuple[str, ...] = SIDES, grids: int = 1) -> Iterator[Batch]:
+              sides: tuple[str, ...] = SIDES, grids: int = 1) -> Iterator[PackedBatch]:
     """For passes without updates: all pairs once, by length, in batches of up to micro_pairs.
 
     reference, sides, grids: see pack.
@@ -462,7 +466,7 @@ def by_length(pairs: list[TokenPair], micro_pairs: int, reference: Tensor | None
 
 def micro_batches(pairs: list[TokenPair], numbers: np.ndarray, micro_pairs: int,
                   reference: Tensor | None, sides: tuple[str, ...],
-                  grids: int) -> Iterator[Batch]:
+                  grids: int) -> Iterator[PackedBatch]:
     """The pairs with these numbers, sorted by length, in batches of up to micro_pairs.
 
     The length is of the prompt and both responses, even where `sides` is one.
@@ -556,7 +560,10 @@ def lock(file: BinaryIO, wait: bool = True) -> bool:
     if fcntl is None:
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if wait:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -696,10 +703,11 @@ def try_until_whole(url: str, file: BinaryIO, label: str, sha256: str, tries: in
             return
         except MAY_PASS as error:
             size = file.seek(0, os.SEEK_END)
-            failures += 1
             if size > most:
                 most = size
-                failures = 1                       # this one; the row of failures begins anew
+                failures = 0                       # the row begins anew
+            else:
+                failures += 1
             if failures == tries:
                 raise OSError(f"{url}: {error}, {tries} times in a row; see whether the network is "
                               f"there and run again: {file.name} is kept") from None
@@ -709,7 +717,7 @@ def try_until_whole(url: str, file: BinaryIO, label: str, sha256: str, tries: in
 
 
 def seconds_to_wait(response: requests.Response | None, failures: int) -> float:
-    """What the server says, in Retry-After or, as the hub does, in RateLimit; else 2, 4, 8, ..."""
+    """What the server says, in Retry-After or, as the hub does, in RateLimit; else 2**failures."""
     if response is None:
         return 2**failures
     retry_after = response.headers.get("Retry-After", "")

@@ -357,14 +357,17 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 
 
 def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
-    """The logps (2B,) of a packed batch, in nats, chosen first: the numbers of sequence_logps.
+    """The logps (2B,) of a packed batch, in nats, chosen first: those of sequence_logps, rounded
+    in another way.
 
-    model: the GPT2 of model.py. batch: data.pack makes it from B pairs, see data.Batch. `piece`:
-    logits exist for so many predictions at a time, also in the backward pass. 4,500 predictions, as
-    32 pairs of hh-rlhf have, times 50,257 words would fill 0.9 GB, several times over.
+    model: the GPT2 of model.py. batch: data.pack makes it from B pairs, see data.PackedBatch.
+    `piece`: logits exist for so many predictions at a time, also in the backward pass. 4,500
+    predictions, as 32 pairs of hh-rlhf have, times 50,257 words would fill 0.9 GB, several times
+    over.
     tests/test_dpo.py holds this function equal to sequence_logps, with its gradients.
 
-    Here are two pairs. 99 is the end-of-text token; the second pair was cut, so it has none.
+    Here are two pairs. 99 is the end-of-text token. The responses of pair 1 have none, as if they
+    had been cut.
 
         pair 0: prompt 10 11    chosen 20 21 99    rejected 30 99
         pair 1: prompt 12       chosen 40          rejected 41 42

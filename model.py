@@ -8,8 +8,8 @@ Read from top to bottom:
 4. files               OpenAI's weights, as the Hugging Face hub has them, and back
 
 Needs torch, and numpy for reading and writing files. The letters in the shapes: R rows, T tokens of
-a row, N tokens of a packed batch, C width (n_embd), H heads, D width of a head (C / H), V words of
-the vocabulary, S places of a row in the KV cache.
+a row, N tokens of a packed batch, C width (n_embd), H heads, D width of a head (C / H), V tokens
+of the vocabulary, S places of a row in the KV cache.
 """
 
 import dataclasses
@@ -45,8 +45,9 @@ class GPT2Config:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            # type(), since a bool is an int to isinstance. 2**31: a file may hold any number.
-            if type(value) is not field.type or not 0 < value < 2**31:
+            has_type = type(value) is field.type       # isinstance would take True for an int
+            # A config.json may come from anybody: no absurd number, which would fill the memory.
+            if not has_type or not 0 < value < 2**31:
                 raise ValueError(
                     f"{field.name} is {value!r}, expected {field.type.__name__} above 0")
         if self.n_embd % self.n_head != 0:
@@ -151,7 +152,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # of words
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # of tokens
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)  # of positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
@@ -402,7 +403,9 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
     if isinstance(model.h[0].mlp, MLPWithAdapter):
         raise ValueError("the model has adapters already: expected none; merge_adapters first")
 
-    model.requires_grad_(True)                         # all that there is to do for "none"
+    model.requires_grad_(True)
+    if kind == "none":
+        return model
     if kind == "parallel":
         model.requires_grad_(False)                    # the adapters, which are new, will train
         for block in model.h:
@@ -449,10 +452,10 @@ def replace_by_strongest(model: GPT2, width: int) -> None:
 def strongest_neurons(mlp: MLP, inputs: Tensor, width: int) -> MLP:
     """A new MLP of the `width` neurons of `mlp` that write most, given its inputs (..., C).
 
-    A neuron writes its value, which depends on the input, times its column of c_proj.weight. Its
-    strength is the root mean square of the length of what it writes: of its value, times the
-    length of its column. What the other neurons write on average goes into the bias. With all
-    neurons the new MLP computes what `mlp` does.
+    A neuron writes its value, which depends on the input, times its column of c_proj.weight. So its
+    strength is the root mean square of its values, times the length of its column. What the other
+    neurons write on average goes into the bias. With all neurons the new MLP computes what `mlp`
+    does.
     """
     values = F.gelu(mlp.c_fc(inputs), approximate="tanh").flatten(0, -2)    # (inputs, n_inner)
     columns = mlp.c_proj.weight                                             # (C, n_inner)
@@ -461,7 +464,8 @@ def strongest_neurons(mlp: MLP, inputs: Tensor, width: int) -> MLP:
     kept = order[:width].sort().values
     others = order[width:]
 
-    small = MLP(len(columns), width).to(device=columns.device, dtype=columns.dtype)
+    n_embd = len(columns)
+    small = MLP(n_embd, width).to(device=columns.device, dtype=columns.dtype)
     small.c_fc.weight.copy_(mlp.c_fc.weight[kept])
     small.c_fc.bias.copy_(mlp.c_fc.bias[kept])
     small.c_proj.weight.copy_(columns[:, kept])
@@ -585,7 +589,8 @@ def read_weights(file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a safetensors file. Raises an error, of any kind, if it is damaged.
+    """Names and tensors of a safetensors file. Raises an error, of any kind, if it is not of this
+    form. (The format has no sum that would show a changed number.)
 
     The format has three parts:
 
@@ -645,7 +650,7 @@ def check_numbers(numbers: list, most: int) -> None:
     A file may come from anybody. Without this check a shape of a million numbers would take minutes
     to multiply, and two negative numbers would have the right product.
     """
-    if len(numbers) > 10:
+    if len(numbers) > 10:                              # a start, a stop, and a shape
         raise ValueError(f"a shape of {len(numbers) - 2} numbers, expected at most 8")
     for number in numbers:
         if type(number) is not int or not 0 <= number <= most:

@@ -99,17 +99,17 @@ class Config:
     sft_lr: float = option(5e-5, "highest learning rate of SFT")
     epochs: int = option(0, "passes over the pairs in DPO, at most; 0: as many as come nearest to "
                             "250 updates, from 1 to 10 passes")
-    lr: float = option(0.0, "highest learning rate of DPO; 0: 1e-3 for parallel adapters, which "
-                            "start at 0 and have far to go, else 1e-5 (the paper: 1e-6, for larger "
-                            "models)")
+    lr: float = option(0.0, "highest learning rate of DPO; 0: 1e-3 for parallel adapters, whose "
+                            "last layers start at 0 and have far to go, else 1e-5 (the paper: "
+                            "1e-6, for larger models)")
     warmup_share: float = option(0.1, "share of the updates in which the rate grows to its highest")
     batch_pairs: int = option(32, "pairs in an update")
     micro_pairs: int = option(32, "pairs that go through the model at once; fewer need less memory")
     max_norm: float = option(1.0, "a longer gradient is shortened to this length")
 
     # Validations, log lines, saves
-    vals: int = option(8, "validations, evenly spaced over the updates, the last one at the end; "
-                          "there is one before the first update, too")
+    vals: int = option(8, "validations after updates, at most: as many updates apart as that asks "
+                          "for, and one at the end; there is one before the first update, too")
     patience: int = option(4, "training ends early after so many validations in a row without a "
                               "lower loss")
     log_every: int = option(10, "updates between two lines of the log")
@@ -158,8 +158,8 @@ class Machine(NamedTuple):
     """What a run computes on."""
     device: torch.device
     dtype: torch.dtype         # of matrix products; weights, sums and optimizer are float32
-    grids: int                 # see data.pack
-    piece: int                 # see dpo.packed_logps
+    grids: int                 # so many grids have attention's rows: see data.pack
+    piece: int                 # so many predictions have logits at a time: see dpo.packed_logps
 
 
 class Run(NamedTuple):
@@ -180,15 +180,15 @@ def train(config: Config) -> int:
     resumes_dpo = run.saved.get("stage") == "dpo"
 
     # The log-probabilities of a batch; and the two losses, each a dict of tensors (B,).
-    def logps_of(model: GPT2, batch: data.Batch) -> Tensor:
+    def logps_of(model: GPT2, batch: data.PackedBatch) -> Tensor:
         with torch.autocast(machine.device.type, machine.dtype,
                             enabled=machine.dtype != torch.float32):
             return dpo.packed_logps(model, batch, machine.piece)
 
-    def sft_loss_function(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
+    def sft_loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
         return {"loss": dpo.sft_loss(logps_of(model, batch), batch.response_lengths)}
 
-    def dpo_loss_function(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
+    def dpo_loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
         logps = logps_of(model, batch)
         metrics = dpo.dpo_metrics(logps, batch.reference, config.beta)
         # dpo_metrics has the loss of equation 7. Another one takes its place, the metrics stay.
@@ -227,8 +227,9 @@ def train(config: Config) -> int:
                                  math.ceil(len(pairs) / config.micro_pairs), "batches")
             reference[name] = dpo.reference_logps(logps_of, model, batches, len(pairs))
 
-    # The policy begins as its reference. Check it, with the first batch that the reference had. (In
-    # a resumed DPO, too: the trained weights are loaded later, by fit.)
+    # The policy begins as its reference. Check it, with the first batch that the reference had:
+    # eval_batches gives the same ones at each call. (In a resumed DPO, too: the trained weights are
+    # loaded later, by fit.)
     if config.adapter != "replace":                    # which was added before SFT
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference["train"]))
@@ -266,7 +267,8 @@ def train(config: Config) -> int:
 def epochs_for(pairs: int, batch_pairs: int) -> int:
     """How many passes over so many pairs come nearest to 250 updates: at least 1, at most 10.
 
-    A learning rate suits a certain number of updates. A small data set is therefore repeated.
+    A small data set is repeated: with few updates, the default rates would not take the policy
+    far from its reference.
 
     >>> [epochs_for(pairs, batch_pairs=32) for pairs in (45_000, 2_700, 750, 100)]
     [1, 3, 10, 10]
@@ -311,7 +313,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     updates_per_epoch = math.ceil(len(splits["train"]) / config.batch_pairs)
     total_steps = epochs * updates_per_epoch
     warmup_steps = round(config.warmup_share * total_steps)
-    val_every = max(1, math.ceil(total_steps / config.vals))  # without SFT there is no step
+    # At least 1, as it divides: with --sft_epochs 0 there are no updates at all.
+    val_every = max(1, math.ceil(total_steps / config.vals))
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
@@ -509,7 +512,7 @@ def half_swapped(splits: dict[str, list[data.TokenPair]]) -> dict[str, list[data
 
 def eval_batches(pairs: list[data.TokenPair], config: Config, machine: Machine,
                 reference: Tensor | None = None,
-                sides: tuple[str, ...] = data.SIDES) -> Iterator[data.Batch]:
+                sides: tuple[str, ...] = data.SIDES) -> Iterator[data.PackedBatch]:
     """Each pair once, in batches on the device, the same ones at each call.
 
     For validation, the reference, and the test.
@@ -554,7 +557,8 @@ def open_run(config: Config, machine: Machine, audit: dict) -> Run:
     if begun and (folder / "last.pt").exists():
         saved = read_last(folder / "last.pt")
     # Lines that came after the last save are cut off: the resumed run makes these updates once
-    # more, and writes the lines again. Where nothing was saved, the file is emptied.
+    # more, and writes the lines again. save_last noted how long the file was. Where nothing was
+    # saved, the file is emptied.
     metrics.truncate(saved.get("metrics_bytes", 0))
     metrics.seek(0, os.SEEK_END)
 
@@ -599,14 +603,16 @@ def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimize
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             trained[name] = parameter.detach()
-    buffer = io.BytesIO()      # torch.save on a full disk raises RuntimeError; a write, OSError
+    # First to memory: on a full disk torch.save would raise RuntimeError, which doesn't tell why. A
+    # plain write raises OSError, and main then says what to do.
+    buffer = io.BytesIO()
     torch.save({"stage": stage, "state": asdict(state), "model": trained,
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "reference": reference, "metrics_bytes": run.metrics.tell()}, buffer)
     write_whole(run.folder / "last.pt", [buffer.getbuffer()])
 
 
-# A Jinja template: how other programs make a prompt of hh-rlhf's form of a chat.
+# A Jinja template, by which other programs turn a chat into a prompt of hh-rlhf's form.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {%- if message['role'] == 'user' %}
@@ -755,6 +761,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Help with defaults, and examples as they are."""
 
 
+OUT_OF_MEMORY = ("out of memory: a lower --micro_pairs or --max_tokens needs less; --resume takes "
+                 "the options that the run began with, so take another --out")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0 a whole run, 1 a demo below its goal, 2 an error that its user can mend.
 
@@ -780,9 +790,6 @@ def main(argv: list[str] | None = None) -> int:
     print("error ", " ".join(message.split()), file=sys.stderr)   # some have several lines
     return 2
 
-
-OUT_OF_MEMORY = ("out of memory: a lower --micro_pairs or --max_tokens needs less; --resume takes "
-                 "the options that the run began with, so take another --out")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -100,7 +100,7 @@ def ours(job: dict, batches: list[list[data.TokenPair]], device: str) -> list:
     elif "head" in ideas:
         logps_function = head_where_it_counts
 
-    def logps_of(model: GPT2, batch: data.Batch | data.PaddedBatch) -> torch.Tensor:
+    def logps_of(model: GPT2, batch: data.PackedBatch | data.PaddedBatch) -> torch.Tensor:
         with autocast(machine.dtype, device):
             return logps_function(model, batch, machine.piece)
 
@@ -122,7 +122,8 @@ def ours(job: dict, batches: list[list[data.TokenPair]], device: str) -> list:
     else:
         frozen = GPT2.from_pretrained(job["folder"]).to(device).requires_grad_(False)
 
-    def loss_function(model: GPT2, batch: data.Batch | data.PaddedBatch) -> dict[str, torch.Tensor]:
+    def loss_function(model: GPT2,
+                      batch: data.PackedBatch | data.PaddedBatch) -> dict[str, torch.Tensor]:
         policy = logps_of(model, batch)
         if "reference" in ideas:
             before = reference[:, batch.numbers].flatten()

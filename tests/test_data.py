@@ -502,7 +502,7 @@ def test_a_worked_padded_batch():
     assert batch.numbers.tolist() == [7, 3]
 
 
-def check(batch: data.Batch, pairs: list[TokenPair], sides: tuple[str, ...]) -> None:
+def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...]) -> None:
     """Read a batch back, as a model sees it: what each prediction's token can attend to, in order,
     must be exactly its pair's prompt and response up to there, each token at its own position."""
     contexts = []  # for each cell: the places in `tokens` that it can attend to
@@ -639,7 +639,7 @@ EIGHT = numbered(*[(2, n % 3 + 1, 2) for n in range(8)])  # 5, 6, 7, 5, 6, 7, 5 
 EQUAL = numbered(*[(2, 2, 2)] * 8)  # so that the order by length is the order of the shuffle
 
 
-def numbers_of(micro_batches: list[data.Batch]) -> list[list[int]]:
+def numbers_of(micro_batches: list[data.PackedBatch]) -> list[list[int]]:
     return [batch.numbers.tolist() for batch in micro_batches]
 
 

@@ -54,7 +54,7 @@ def on_meta(kind: str) -> GPT2:
     return add_adapters(model, kind, width=4)
 
 
-def batch_of(sides: tuple[str, ...]) -> data.Batch:
+def batch_of(sides: tuple[str, ...]) -> data.PackedBatch:
     rng = np.random.default_rng(0)
     lengths = ((3, 2, 4), (5, 1, 2), (2, 7, 3))
     pairs = [data.TokenPair(*(rng.integers(0, 50, n) for n in row)) for row in lengths]

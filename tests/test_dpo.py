@@ -598,7 +598,7 @@ def test_micro_batches_make_the_update_of_the_whole_batch(model, parts):
     assert close(moves[1], moves[0], 1e-6)
 
 
-def packed_loss(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
+def packed_loss(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
     return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference, beta=0.5)
 
 

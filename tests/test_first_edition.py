@@ -59,7 +59,7 @@ def checksum(parameters: list[Tensor]) -> tuple[int, float, float, float]:
     return count, total, absolute, by_place
 
 
-def shifted_start(model: GPT2, batch: data.Batch) -> Tensor:
+def shifted_start(model: GPT2, batch: data.PackedBatch) -> Tensor:
     """A reference (2B,) that differs from the policy, by up to 24 nats."""
     chosen_shift = 12.0 * ((7 * batch.numbers) % 5 - 2)
     rejected_shift = 12.0 * ((3 * batch.numbers) % 4 - 1)
@@ -91,7 +91,7 @@ def test_three_updates_have_the_numbers_of_the_first_edition(adapter):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert checksum(trained)[:3] == pytest.approx(FIRST_TRAINED[adapter], rel=1e-6)
 
-    def loss_function(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
+    def loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
         return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference, beta=1.0)
 
     optimizer = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.0, fused=True)

@@ -45,7 +45,7 @@ def token_pairs(count: int, seed: int) -> list[data.TokenPair]:
 SPLITS = {"train": token_pairs(23, seed=1), "val": token_pairs(5, seed=2)}
 
 
-def loss_function(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
+def loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
     return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference, beta=0.5)
 
 
@@ -427,7 +427,7 @@ def test_a_run_that_dies_at_a_validation_goes_on_before_it(tmp_path, monkeypatch
 
 def test_all_micro_batches_of_an_update_are_on_the_device_before_it_begins(tmp_path, monkeypatch):
     """None is moved while the update computes: its micro-batches are the last that were moved."""
-    real_to = data.Batch.to
+    real_to = data.PackedBatch.to
     real_train_step = dpo.train_step
     moved = []
     sizes = []
@@ -444,7 +444,7 @@ def test_all_micro_batches_of_an_update_are_on_the_device_before_it_begins(tmp_p
         result = real_train_step(model, micro_batches, *rest)
         assert moved == []
         return result
-    monkeypatch.setattr(data.Batch, "to", to)
+    monkeypatch.setattr(data.PackedBatch, "to", to)
     monkeypatch.setattr(dpo, "train_step", train_step)
     fit(tmp_path)
     assert sizes == [2] * 11 + [1]                     # of one pair each

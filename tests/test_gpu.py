@@ -51,7 +51,7 @@ def some_pairs(count: int) -> list[data.TokenPair]:
     return pairs
 
 
-def one_batch() -> data.Batch:
+def one_batch() -> data.PackedBatch:
     """Twelve pairs, and a reference that is not the policy: no loss is log 2, none the same."""
     reference = -torch.arange(24.0).view(2, 12) * 6
     return data.pack(some_pairs(12), range(12), reference)
@@ -96,7 +96,7 @@ def test_sampled_answers_follow_the_seed(device):
     assert generate(model, prompts, 20, end_token=299, seed=2) != first
 
 
-def loss_function(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
+def loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
     return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference, beta=0.1)
 
 

@@ -73,7 +73,7 @@ def test_an_update_of_12_layers_starts_few_operations(adapter, dtype, limit):
     batch = data.pack(pairs, range(32), reference=torch.full((2, 32), -20.0))
     assert len(batch.grids) == 1 and batch.grids[0].shape[1] > 128
 
-    def loss_function(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
+    def loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logps = dpo.packed_logps(model, batch, piece=8192)
         return dpo.dpo_metrics(logps, batch.reference, beta=0.1)
@@ -195,12 +195,12 @@ class WatchReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def small_loss(model: GPT2, batch: data.Batch) -> dict[str, Tensor]:
+def small_loss(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
     return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference, beta=0.1)
 
 
 @pytest.fixture
-def small() -> tuple[GPT2, list[data.Batch], torch.optim.Optimizer]:
+def small() -> tuple[GPT2, list[data.PackedBatch], torch.optim.Optimizer]:
     """A tiny model, two micro-batches, and an optimizer that has made an update."""
     torch.manual_seed(0)
     model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16, n_inner=16))
