@@ -85,7 +85,7 @@ BUGS = [
     Bug("second response's positions", "in a packed line the rejected response's positions go on "
         "after the chosen one's, not after the prompt's", "nanoVLM PR #204",
         "tests/test_data.py::test_a_worked_batch",
-        [("data.py", "positions.append(len(pair.prompt) + np.arange(len(read)))",
+        [("data.py", "positions.append(len(pair.prompt) + np.arange(len(all_but_last)))",
           "positions.append(places - prompt_places[0])")]),
     Bug("responses see each other", "in a packed line the rejected response sees the chosen one",
         "trl #784, transformers #25452", "tests/test_data.py::test_a_worked_batch",
