@@ -264,7 +264,7 @@ def test_a_prompts_split_follows_from_its_sha256_alone():
     0.01, 0.94, 0.39."""
     splits, dropped = split(asked(0, 1, 2, 3, 4, 5), asked(99), 0.25, 0.5)
     assert splits == {"train": asked(0, 2, 4, 5), "val": asked(1, 3), "test": asked(99)}
-    assert dropped == Counter()
+    assert dict(dropped) == {"prompt is in test": 0}   # told on the screen, also where it is 0
 
 
 def test_a_share_of_just_a_prompts_place_leaves_it_in_train():
@@ -273,6 +273,12 @@ def test_a_share_of_just_a_prompts_place_leaves_it_in_train():
     assert splits == {"train": asked(1), "val": [], "test": asked(99)}
     splits, _ = split(asked(1), asked(99), place + 1e-15, 0.2)
     assert splits == {"train": [], "val": asked(1), "test": asked(99)}
+
+
+def test_a_share_of_just_a_prompts_place_leaves_it_out_of_the_test_too(monkeypatch):
+    monkeypatch.setattr(data, "fraction_of", lambda prompt: 0.5)
+    assert split(asked(1), [], 0.25, 0.25)[0]["train"] == asked(1)
+    assert split(asked(1), [], 0.25, 0.26)[0]["test"] == asked(1)
 
 
 def test_without_a_test_set_another_share_of_prompts_becomes_it():
@@ -500,6 +506,9 @@ def test_a_worked_padded_batch():
                                    [False, False, True, True, False],
                                    [False, True, True, False, False]]
     assert batch.numbers.tolist() == [7, 3]
+    assert batch.mask.dtype == torch.bool
+    of_array = data.pad(WORKED, np.array([7, 3], np.int32))
+    assert of_array.numbers.dtype == torch.int64
 
 
 def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...]) -> None:
@@ -764,3 +773,28 @@ def test_what_was_done_before_counts_for_the_share_and_not_for_the_rate(capsys, 
         "file  65% | 650/1,000 bytes | 50 bytes/s | 7 s left",
         "file  90% | 900/1,000 bytes | 50 bytes/s | 2 s left",
         "file 100% | 1,000/1,000 bytes | 50 bytes/s | 0 s left"]
+
+
+def test_the_vocabularies_are_gpt2s_and_the_bytes():
+    encoding = data.encoding_of(demo=False)
+    assert (encoding.name, encoding.n_vocab) == ("gpt2", 50257)
+    assert encoding.encode_ordinary(" Blue.") == [4518, 13]
+    demo = data.encoding_of(demo=True)
+    assert (demo.name, demo.n_vocab) == ("bytes", 257)
+
+
+def test_tokenize_shows_its_progress(capsys):
+    data.tokenize([Pair("\n\nHuman: a\n\nAssistant:", " b", " c")] * 2,
+                  data.encoding_of(demo=True), 99, 60)
+    assert "tokenize 100% | 2/2 pairs | " in capsys.readouterr().out
+
+
+def test_progress_tells_the_rate_and_the_time_left(monkeypatch, capsys):
+    """A clock that begins at 100 s. Of 4 items each takes 4 s: lines after 2 of them, and at the end.
+    """
+    clock = iter([100.0, 104.0, 108.0, 112.0, 116.0])
+    monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert list(data.track("abcd", "spell", 4, "letters")) == list("abcd")
+    assert capsys.readouterr().out.splitlines() == [
+        "spell  50% | 2/4 letters | 0 letters/s | 8 s left",
+        "spell 100% | 4/4 letters | 0 letters/s | 0 s left"]

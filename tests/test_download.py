@@ -669,6 +669,8 @@ def test_each_hash_that_we_know_is_asked_for(asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in data.MODELS:
         data.fetch_model(name)
+        revision = data.MODEL_REVISIONS.get(name, "main")      # main: the newest
+        assert f"/{name}/resolve/{revision}/config.json" in asked[-6][0]
     for split_name in ("train", "test"):
         data.fetch_hh("hh", data.SUBSETS, split_name)
     hashes = {sha256 for url, path, sha256 in asked} - {""}
@@ -694,3 +696,12 @@ def test_what_is_no_name_of_a_model_or_exists_is_not_asked_for(asked, tmp_path, 
     for name in ("gpt2-large", "runs/mine", "gpt3"):
         assert data.fetch_model(name) == Path(name)
     assert asked == []
+
+
+def test_waits_double_where_no_server_answers():
+    assert [data.seconds_to_wait(None, failures) for failures in (0, 1, 2, 3)] == [1, 2, 4, 8]
+
+
+def test_a_mirrors_address_may_end_with_a_slash(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror/X/")
+    assert data.hub() == "https://mirror/X"

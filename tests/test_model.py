@@ -1026,3 +1026,8 @@ def test_a_dtype_that_no_reader_takes_is_refused_before_a_file_is_replaced(ours,
     with pytest.raises(ValueError, match=r"wte\.weight is torch\.float64, expected"):
         save_pretrained(ours.double(), tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_adapters_have_the_models_dtype():
+    model = add_adapters(GPT2(GPT2Config(**SMALL, n_inner=64)).double(), "parallel", 4)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
