@@ -790,8 +790,7 @@ def test_tokenize_shows_its_progress(capsys):
 
 
 def test_progress_tells_the_rate_and_the_time_left(monkeypatch, capsys):
-    """A clock that begins at 100 s. Of 4 items each takes 4 s: lines after 2 of them, and at the end.
-    """
+    """A clock that begins at 100 s. Each of 4 items takes 4 s: a line after 2, and at the end."""
     clock = iter([100.0, 104.0, 108.0, 112.0, 116.0])
     monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert list(data.track("abcd", "spell", 4, "letters")) == list("abcd")
