@@ -96,13 +96,12 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     """An answer to each prompt, in hh-rlhf's form. All prompts go through the model at once.
 
     Sampling stops at end-of-text, at the next "\\n\\nHuman:", or at the limit; an answer's text is
-    without that ending. A prompt that
-    is too long loses its beginning, as in training.
+    without that ending. A prompt that is too long loses its beginning, as in training.
     """
     def asks_again(ids: list[int]) -> bool:            # ids: of the answer so far
-        # The last tokens are enough. To decode all of them at each step would be slow.
-        most_tokens = len(data.HUMAN)                  # each token of HUMAN has a character or more
-        tail = encoding.decode(ids[-most_tokens:])
+        # This is asked after each token, so HUMAN can only be new at the end. It has no more tokens
+        # than characters: so many of the last ones are enough. To decode all would be slow.
+        tail = encoding.decode(ids[-len(data.HUMAN):])
         return data.HUMAN in tail
 
     # An answer gets at most half of the context, and the prompt at most what is left.
@@ -135,10 +134,12 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
     """
     pairs = []
     if options["pairs"]:
-        # Own pairs come without a test file, so split holds a part out: the same that train.py
-        # held out, so none of these pairs was trained on.
+        # Own pairs come without a test file, so split holds a part out, by the hash of the prompt:
+        # the same part that train.py held out, so none of these pairs was trained on.
         own_pairs, _ = data.read_pairs(options["pairs"])
-        splits, _ = data.split(own_pairs, [], options["val_share"], options["test_share"])
+        no_test_file = []
+        splits, _ = data.split(own_pairs, no_test_file, options["val_share"],
+                               options["test_share"])
         pairs = splits["test"]
     else:
         for path in data.fetch_hh(options["hh_dir"], options["subsets"].split(","), "test"):
@@ -157,7 +158,9 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
                  prompts: list[str], max_prompt_tokens: int, sampling: Sampling) -> list[Answer]:
     """The model's answers to the prompts: from the file, or sampled and added to the file.
 
-    An answer in the file counts if it is of the same weights and was sampled in the same way.
+    An answer in the file counts if it is of the same weights and was sampled with the same
+    settings. With which other prompts it stood in a block doesn't matter: it is a fair sample in
+    any case.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -179,8 +182,7 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
         block_sampling = sampling._replace(seed=sampling.seed + start)
         answers = sample(gpt2, encoding, block, max_prompt_tokens, block_sampling)
         for prompt, answer in zip(block, answers, strict=True):
-            # An earlier call with fewer prompts may have had a part of this block. The block was
-            # sampled whole, which is simplest. The answers that were kept stay.
+            # An earlier call, with fewer prompts, may have had a part of this block: that stays.
             if prompt in kept:
                 continue
             kept[prompt] = answer
@@ -231,7 +233,7 @@ def ask(paths: dict[str, Path], encoding: tiktoken.Encoding, questions: list[str
         gpt2 = load(path)
         answers[name] = []
         # One by one, each from the same seed: so an answer doesn't depend on the other questions.
-        # That they all use the same random numbers does no harm here.
+        # They all use the same random numbers. Here that does no harm, as no mean is taken of them.
         for prompt in prompts:
             answers[name] += sample(gpt2, encoding, [prompt], max_prompt_tokens, sampling)
         del gpt2
@@ -284,11 +286,12 @@ JudgeFunction = Callable[[str, str, str], str | None]  # (prompt, reply A, reply
 class Verdict(NamedTuple):
     """What a judge says about two answers to a prompt.
 
-    score is None if a letter can't be read, or if the server refused a question. letters: what the
-    judge said when the first answer was A, then when it was B. They are () for equal answers, about
-    which nobody is asked, and for a person, who is asked in one order.
+    score: 1 if the first answer is better, 0 if the second is, 1/2 for a draw. None if a letter
+    can't be read, or if the server refused a question.
+    letters: what the judge said when the first answer was A, then when it was B. () if no judge was
+    asked: for equal answers, and where a person decides.
     """
-    score: float | None        # 1: the first is better; 0: the second; 1/2: a draw; or None
+    score: float | None
     letters: tuple[str | None, ...]
 
 
@@ -331,7 +334,7 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     print(f"\n{'-' * 70}\n{printable(prompt.strip())}")
     print(f"\n[a] {printable(a)}\n\n[b] {printable(b)}\n")
     while True:
-        try:
+        try:                                           # not ask_for_line: here "" is a tie, no end
             key = input("Which is better? a, b, enter for a tie, q to stop: ").strip().lower()
         except EOFError:
             return None
@@ -340,10 +343,8 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
         if key == "":
             return 0.5
         if key in ("a", "b"):
-            chose_a = key == "a"
-            if chose_a == answer_is_a:
-                return 1.0
-            return 0.0
+            chosen = a if key == "a" else b
+            return 1.0 if chosen == answer else 0.0    # the two answers differ
 
 
 # 4. Win rate ------------------------------------------------------------------------------------
@@ -355,7 +356,8 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     Verdicts that can't be read are counted as "unreadable", and left out of the rate. "rate", "low"
     and "high" are None without verdicts, and for a judge that was asked and could never be read.
     Wilson's interval supposes scores of 0 or 1. Draws, of 1/2, make scores vary less, so the
-    interval is a little too wide: on the safe side.
+    interval is wider than it need be: by 1.4 times at a rate of 1/2, if half of the verdicts are
+    draws.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -372,7 +374,8 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
         "letter A": None,
     }
     # Say 3 pairs of answers are equal, and the judge can't be read on the other 97. The 3 draws
-    # would give a rate of 0.5, which nobody judged.
+    # would give a rate of 0.5, which nobody judged. (If all are equal, 0.5 is right: nobody need be
+    # asked.)
     asked = [verdict for verdict in verdicts if verdict.letters]
     never_read = len(asked) > 0 and all(verdict.score is None for verdict in asked)
     if scores and not never_read:
@@ -426,9 +429,9 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
 # 5. Llama 2 -------------------------------------------------------------------------------------
 #
 # Any server that speaks OpenAI's chat completions will do: Ollama, llama.cpp's server,
-# llama-cpp-python, vLLM. Each can be given a JSON schema. It then lets the model choose only tokens
-# that fit the schema. So a verdict is read by json.loads. Searching for it in prose goes wrong: who
-# searches for "A is more" finds it in "Reply A is more harmful", which is a vote for B.
+# llama-cpp-python, vLLM. Each can be given a JSON schema. The server then lets the model choose
+# only tokens that fit the schema. So a verdict is read by json.loads. Searching for it in prose goes
+# wrong: who searches for "A is more" finds it in "Reply A is more harmful", which is a vote for B.
 #
 # Llama 2 likes to decline. So the question says that harmful messages may be judged.
 
@@ -498,13 +501,14 @@ class Judge:
         self.session = requests.Session()
         if self.key:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
-        # After an answer with a status of PASSING, ask again: after 0, 2, 4, 8, 16 and 32 seconds,
-        # or when Retry-After says. Not where the server is away, and not after our own time-out:
-        # the server would still be computing.
+        # After an answer with a status of PASSING, ask again, up to 6 times: after 0, 2, 4, 8, 16
+        # and 32 seconds (urllib3 doubles backoff_factor; the first wait is 0), or when Retry-After
+        # says. Not where the server is away, and not after our own time-out: the server would still
+        # be computing.
         again = adapters.Retry(
             total=6, connect=0, read=0, other=0,
             status_forcelist=PASSING,
-            allowed_methods=None,                      # no restriction: POST, too
+            allowed_methods=None,                      # all methods: POST, too
             backoff_factor=1.0,
             raise_on_status=False,                     # after the last try, return the answer
         )
@@ -603,7 +607,8 @@ class Judge:
     def error_text(self, response: requests.Response) -> str:
         """What a server says about a fault, in one line. Servers have four forms for it:
 
-        {"error": {"message": "..."}}, {"error": "..."}, {"message": "..."}, and plain text.
+        {"error": {"message": "..."}}, {"error": "..."}, {"message": "..."}, and plain text. Of
+        another object, all is shown.
         """
         text = response.text
         try:
@@ -611,9 +616,11 @@ class Judge:
         except ValueError:
             body = None
         if isinstance(body, dict):
-            error = body.get("error", body)
-            if isinstance(error, dict):
-                error = error.get("message", error)
+            error = body
+            if "error" in body:
+                error = body["error"]
+            if isinstance(error, dict) and "message" in error:
+                error = error["message"]
             text = str(error)
         if self.key:
             text = text.replace(self.key, "***")
@@ -638,11 +645,9 @@ def read_letter(text: str) -> str | None:
 
 
 def without_marks(text: str) -> str:
-    """The text without the marks of Llama 2's chat template.
+    """The text without the marks of Llama 2's chat template. A reply could end the question by them.
 
-    They are [INST] [/INST] <<SYS>> <</SYS>> <s> </s>.
-
-    With [/INST] in it, a reply could end the question. A lone surrogate, half a character as JSON
+    They are [INST] [/INST] <<SYS>> <</SYS>> <s> </s>. A lone surrogate, half a character as JSON
     may hold it, becomes "?": some servers refuse it.
     """
     text = re.sub(r"(?i)\[/?INST\]|<</?SYS>>|</?s>", " ", text)
@@ -685,27 +690,32 @@ def longer_won(verdicts: list[Verdict], answers: list[str], others: list[str]) -
 def doubts(agreement: dict, rates: list[dict]) -> list[str]:
     """Why the rates should not be believed, as far as the numbers show it.
 
-    The limits of 0.1, 0.5 and 0.9 are our choice.
-
     agreement: the rate of chosen against rejected. rates: those of all comparisons.
     """
+    coin = 0.5
+    most_unreadable = 0.1                              # this limit and the next ones are our choice
+    most_undecided = 0.5
+    least_a = 0.1
+    most_a = 0.9
     prompts = sum(rate["prompts"] for rate in rates)
     unreadable = sum(rate["unreadable"] for rate in rates)
     undecided = sum(rate["undecided"] for rate in rates)
     letter_a = [rate["letter A"] for rate in rates if rate["letter A"] is not None]
 
     found = []
-    if agreement["rate"] is None or agreement["low"] <= 0.5:
+    if agreement["rate"] is None or agreement["low"] <= coin:
         found.append("the judge's agreement with people is not better than a coin's, as far as "
                      "this interval tells")
-    if unreadable > 0.1 * prompts:
+    if unreadable > most_unreadable * prompts:
         found.append(f"{unreadable} of {prompts} verdicts can't be read")
-    if undecided > 0.5 * prompts:
+    if undecided > most_undecided * prompts:
         found.append(f"{undecided} of {prompts} verdicts are undecided: the order decides, or the "
                      f"answers are equal")
-    if letter_a and not 0.1 <= statistics.fmean(letter_a) <= 0.9:
-        found.append(f"the judge says A in {statistics.fmean(letter_a):.0%} of its answers, on "
-                     f"average over the comparisons")
+    if letter_a:
+        share_a = statistics.fmean(letter_a)
+        if share_a < least_a or share_a > most_a:
+            found.append(f"the judge says A in {share_a:.0%} of its answers, on average over the "
+                         f"comparisons")
     return found
 
 
@@ -720,7 +730,7 @@ def describe(answers: list[str]) -> dict[str, float]:
     pairs_of_words = []
     for answer in answers:
         words += answer.split()
-        pairs_of_words += itertools.pairwise(answer.split())
+        pairs_of_words.extend(itertools.pairwise(answer.split()))
     return {
         "words": len(words) / len(answers),
         "distinct-1": len(set(words)) / max(1, len(words)),
@@ -732,18 +742,17 @@ def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
     """log p(answer | prompt) in nats: the sum over all tokens of the answer, as it was sampled."""
     tokens = torch.tensor([answer.prompt_ids + answer.ids], device=gpt2.wte.weight.device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    # The log-probabilities of these tokens are summed; each is predicted one place before its own.
-    mask[0, len(answer.prompt_ids):] = True
+    mask[0, len(answer.prompt_ids):] = True            # the answer's own tokens
     return dpo.sequence_logps(gpt2, tokens, mask).item()
 
 
 def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text.
 
-    The mean of log p_tuned(answer) - log p_sft(answer) over answers that the tuned model sampled at
-    temperature 1 and top_p 1. (Times beta, this difference is DPO's implicit reward.) The KL
-    grows with the length to which answers are cut, as each token adds its part. A single answer
-    gives no interval.
+    The KL is the mean of log p_tuned(answer) - log p_sft(answer) over the tuned model's own
+    answers. So these must be sampled from p_tuned itself: at temperature 1 and top_p 1. (Times beta, this
+    difference is DPO's implicit reward.) The KL grows with the length to which answers are cut, as
+    each token adds its part. A single answer gives no interval.
     """
     logps = {}
     for name in ("tuned", "sft"):
@@ -818,9 +827,9 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
 
     rates = {}
     rows = []
-    for (name, other), said in verdicts.items():
-        rates[name, other] = win_rate(said)
-        longer = longer_won(said, texts[name], texts[other])
+    for (name, other), given in verdicts.items():
+        rates[name, other] = win_rate(given)
+        longer = longer_won(given, texts[name], texts[other])
         rows.append(rate_row(f"{name} against {other}", rates[name, other], longer))
     if all(rate["rate"] is None for rate in rates.values()):
         why = judge.refusals[0] if judge.refusals else f"see {judge.path}"
@@ -867,7 +876,8 @@ def notes(judge: Judge) -> list[str]:
                      f"answered.")
     cut = sum(line["cut"] for line in lines)
     if cut > 0:
-        found.append(f"The server has cut at least {cut} questions: its context is too short.")
+        found.append(f"The server has cut at least {cut} questions: its context is too short. With "
+                     f"a longer one, move {judge.path} away, so that they are asked again.")
     if judge.refusals:
         found.append(f"The server refused {len(judge.refusals)} questions, the first with "
                      f"\"{judge.refusals[0]}\". The next run asks them again.")
@@ -886,16 +896,16 @@ def read_jsonl(path: Path, *names: str) -> list[dict]:
     if not path.exists():
         return []
     content = path.read_bytes()
-    whole, newline, torn = content.rpartition(b"\n")
-    if torn:
-        os.truncate(path, len(whole + newline))
+    end = content.rfind(b"\n") + 1                     # of the last whole line; 0 if there is none
+    if end < len(content):
+        os.truncate(path, end)
     lines = []
-    for number, text in enumerate(whole.splitlines(), 1):
+    for number, text in enumerate(content[:end].splitlines(), 1):
         try:
             line = json.loads(text)
         except ValueError:
             line = None
-        if not isinstance(line, dict) or not set(names) <= line.keys():
+        if not isinstance(line, dict) or not all(name in line for name in names):
             raise ValueError(f"{path}, line {number}: {text[:80]!r}, expected a JSON object with "
                              f"{', '.join(names)}: delete that line, or move the file away if "
                              f"another edition of this code wrote it")
