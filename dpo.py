@@ -24,20 +24,22 @@ example after section 4. `batches` is a list of batches of 8 pairs, as data.pad 
     def logps_of(model, batch):
         return sequence_logps(lambda tokens: model(tokens).logits, batch.tokens, batch.mask)
 
+    model.eval()                                        # dropout would be noise in the rewards
+    reference = reference_logps(logps_of, model, batches, pair_count=8 * len(batches))
+
     def reference_of(batch):
         return reference[:, batch.numbers].flatten()      # (2, 8) -> (16,), chosen first
 
-    def loss_function(model, batch):
+    def loss_function(model, batch):                    # dpo_metrics calls dpo_loss
         return dpo_metrics(logps_of(model, batch), reference_of(batch), beta=0.1)
 
-    model.eval()                                        # dropout would be noise in the rewards
-    reference = reference_logps(logps_of, model, batches, pair_count=8 * len(batches))
     check_start(logps_of(model, batches[0]), reference_of(batches[0]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    peak = 1e-5
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
     for step, batch in enumerate(batches):
-        lr = cosine_lr(step, peak=1e-6, warmup_steps=10, total_steps=len(batches))
-        optimizer.param_groups[0]["lr"] = lr            # before it, the rate was 0
-        metrics = train_step(model, [batch], optimizer, loss_function)
+        lr = cosine_lr(step, peak, warmup_steps=10, total_steps=len(batches))
+        optimizer.param_groups[0]["lr"] = lr
+        metrics = train_step(model, [batch], optimizer, loss_function)   # one micro-batch
 """
 
 import math

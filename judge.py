@@ -430,8 +430,9 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
 #
 # Any server that speaks OpenAI's chat completions will do: Ollama, llama.cpp's server,
 # llama-cpp-python, vLLM. Each can be given a JSON schema. The server then lets the model choose
-# only tokens that fit the schema. So a verdict is read by json.loads. Searching for it in prose goes
-# wrong: who searches for "A is more" finds it in "Reply A is more harmful", which is a vote for B.
+# only tokens that fit the schema. So a verdict is read by json.loads. Searching for it in prose
+# goes wrong: who searches for "A is more" finds it in "Reply A is more harmful", which is a vote
+# for B.
 #
 # Llama 2 likes to decline. So the question says that harmful messages may be judged.
 
@@ -645,7 +646,7 @@ def read_letter(text: str) -> str | None:
 
 
 def without_marks(text: str) -> str:
-    """The text without the marks of Llama 2's chat template. A reply could end the question by them.
+    """The text without the marks of Llama 2's chat template, by which a reply could end a question.
 
     They are [INST] [/INST] <<SYS>> <</SYS>> <s> </s>. A lone surrogate, half a character as JSON
     may hold it, becomes "?": some servers refuse it.
@@ -750,9 +751,9 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text.
 
     The KL is the mean of log p_tuned(answer) - log p_sft(answer) over the tuned model's own
-    answers. So these must be sampled from p_tuned itself: at temperature 1 and top_p 1. (Times beta, this
-    difference is DPO's implicit reward.) The KL grows with the length to which answers are cut, as
-    each token adds its part. A single answer gives no interval.
+    answers. So these must be sampled from p_tuned itself: at temperature 1 and top_p 1. (Times
+    beta, this difference is DPO's implicit reward.) The KL grows with the length to which answers
+    are cut, as each token adds its part. A single answer gives no interval.
     """
     logps = {}
     for name in ("tuned", "sft"):

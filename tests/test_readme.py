@@ -77,7 +77,8 @@ def test_the_pair_by_hand_is_what_dpo_loss_computes():
     loss.sum().backward()
     assert [chosen_reward.item(), rejected_reward.item()] == pytest.approx(rewards)
     margin, found_loss, weight = re.search(
-        r"The margin is 0\.25 \+ 0\.50 = (\S+), and\s+the\s+loss\s+is\s+-log\s+sigmoid\(0\.75\)"
+        r"The margin, chosen minus rejected, is 0\.25 \+ 0\.50 = (\S+), and\s+the"
+        r"\s+loss\s+is\s+-log\s+sigmoid\(0\.75\)"
         r"\s+=\s+(\S+)\.\s.*?=\s(0\.\d+)\s+each", README, re.S).groups()
     assert float(margin) == rewards[0] - rewards[1]
     assert float(found_loss) == pytest.approx(loss.item(), abs=5e-4)
@@ -146,11 +147,33 @@ def test_the_easy_pairs_are_those_of_runs_csv():
 def test_the_defaults_are_those_of_the_program():
     adapters = train.Config()
     everything = train.Config(adapter="none")
-    stated = (f"By default beta is {adapters.beta}, the highest rate {adapters.lr:.0e} for "
-              f"adapters and {everything.lr:.0e} for all weights, and {adapters.batch_pairs} pairs "
-              f"make an update.")
-    assert stated.replace("e-0", "e-") in README
+    rates = f"{adapters.lr:.0e} for adapters, {everything.lr:.0e} for all weights"
+    fewest = train.epochs_for(10**6, 32)
+    most = train.epochs_for(1, 32)
+    assert train.epochs_for(250 * 32 // 5, 32) == 5
+    assert table("option") == [
+        ["`--beta`", str(adapters.beta)],
+        ["`--lr`, the highest rate of DPO", rates.replace("e-0", "e-")],
+        ["`--batch_pairs`, in an update", str(adapters.batch_pairs)],
+        ["`--sft_epochs`, `--epochs`",
+         f"SFT: {adapters.sft_epochs} pass over the pairs; DPO: as many, from {fewest} to {most}, "
+         f"as come nearest to 250 updates"],
+        ["`--vals`, `--patience`",
+         f"at most {adapters.vals} validations; training ends early when {adapters.patience} in a "
+         f"row bring no lower loss. The weights with the lowest validation loss are kept"],
+    ]
     assert f"\n{len(bugs.BUGS)} bugs that DPO code has had" in README
+
+
+def test_the_lines_of_log_probabilities_are_sequence_logps():
+    block = README[README.index("    log_softmax = model("):].split("\n\n")[0]
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 7)
+    names = {"model": lambda tokens: logits, "tokens": torch.randint(0, 7, (2, 5)),
+             "mask": torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]).bool()}
+    exec(textwrap.dedent(block), names)
+    expected = dpo.sequence_logps(names["model"], names["tokens"], names["mask"])
+    torch.testing.assert_close(names["logps"], expected)
 
 
 def example(text: str) -> str:
