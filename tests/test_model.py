@@ -1031,3 +1031,25 @@ def test_a_dtype_that_no_reader_takes_is_refused_before_a_file_is_replaced(ours,
 def test_adapters_have_the_models_dtype():
     model = add_adapters(GPT2(GPT2Config(**SMALL, n_inner=64)).double(), "parallel", 4)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_safetensors_are_read_without_their_own_package(tmp_path, monkeypatch):
+    """torch.load would read them, too, but only with that package."""
+    model = GPT2(GPT2Config(**SMALL, n_inner=64))
+    save_pretrained(model, tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert torch.equal(GPT2.from_pretrained(tmp_path).wte.weight, model.wte.weight)
+
+
+def test_an_adapter_may_have_one_neuron():
+    model = add_adapters(GPT2(GPT2Config(**SMALL, n_inner=64)), "parallel", 1)
+    assert model.h[0].mlp.adapter.c_fc.weight.shape == (1, 16)
+
+
+def test_top_p_keeps_no_token_once_the_likelier_ones_have_all_of_it():
+    """Two tokens of 1/2 each: with top_p 1/2 the first of them is enough."""
+    logits = torch.zeros(200, 2)
+    generator = torch.Generator().manual_seed(0)
+    assert len(set(model_file.sample(logits, 1.0, 0.5, generator).tolist())) == 1
+    assert len(set(model_file.sample(logits, 1.0, 0.51, generator).tolist())) == 2
