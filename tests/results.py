@@ -343,12 +343,12 @@ GRID_FIELDS = ("adapter", "lr", "epochs", "updates", "start_loss", "best_loss", 
                "last_loss", "last_accuracy", "pairs", "commit", "machine", "dtype", "command",
                "seconds")
 GRID = [                       # the first one makes the SFT that all share
-    {"adapter": "parallel", "lr": 3e-4, "epochs": 2},
-    {"adapter": "none", "lr": 5e-6, "epochs": 2},
-    {"adapter": "parallel", "lr": 1e-3, "epochs": 2},
-    {"adapter": "none", "lr": 2e-5, "epochs": 2},
-    {"adapter": "parallel", "lr": 1e-4, "epochs": 2},
-    {"adapter": "none", "lr": 1e-6, "epochs": 2},
+    {"adapter": "parallel", "lr": 1e-4, "epochs": 1},
+    {"adapter": "none", "lr": 5e-6, "epochs": 1},
+    {"adapter": "parallel", "lr": 1e-3, "epochs": 1},
+    {"adapter": "none", "lr": 2e-5, "epochs": 1},
+    {"adapter": "parallel", "lr": 3e-4, "epochs": 3},
+    {"adapter": "none", "lr": 1e-6, "epochs": 3},
 ]
 
 
@@ -367,7 +367,7 @@ def try_grid(args: argparse.Namespace) -> None:
             start = {"model": sft, "sft_epochs": 0}
         sft = sft or out / "sft"
         whole = {"hh_dir": folder / "hh", "subsets": ",".join(SUBSETS), "out": out,
-                 "val_share": 0.25, "patience": 99, "vals": 2} | start | options
+                 "val_share": 0.25, "patience": 99, "vals": 4} | start | options
         if (command_of(whole), common["commit"]) in done or not re.search(args.only, out.name):
             continue
         run = train_once(whole)
