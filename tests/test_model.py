@@ -1053,3 +1053,11 @@ def test_top_p_keeps_no_token_once_the_likelier_ones_have_all_of_it():
     generator = torch.Generator().manual_seed(0)
     assert len(set(model_file.sample(logits, 1.0, 0.5, generator).tolist())) == 1
     assert len(set(model_file.sample(logits, 1.0, 0.51, generator).tolist())) == 2
+
+
+def test_the_saved_config_tells_the_class_and_the_end_of_text(tmp_path):
+    """What transformers, vLLM and llama.cpp look for beside the sizes."""
+    save_pretrained(GPT2(GPT2Config(**SMALL, n_inner=64)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["GPT2LMHeadModel"]
+    assert (config["bos_token_id"], config["eos_token_id"]) == (60, 60)   # the last of 61 tokens
