@@ -479,15 +479,22 @@ def newest(lines: list[dict], is_polite: bool) -> tuple[str, list[dict]]:
     return f"Training code of commit {commit}, on {'; '.join(machines)}.", lines
 
 
+def all_folds_are_there(lines: list[dict]) -> bool:
+    """Are there lines of every fold, for every row of the main table?"""
+    found = {(line["row"], line["fold"]) for line in lines}
+    wanted = {(name, str(fold)) for name in (*BASELINES, *ROWS) for fold in range(FOLDS)}
+    return wanted <= found
+
+
 def tables() -> str:
-    """The tables of results/README.md, from runs.csv. The folds' are left out before there are any.
-    """
+    """The tables of results/README.md, from runs.csv. Those of the folds come when all are there."""
     lines = read_csv(CSV)
     source, polite_lines = newest(lines, is_polite=True)
     parts = [source, polite_table(polite_lines)]
     if any(line["fold"] != "polite" for line in lines):
         source, fold_lines = newest(lines, is_polite=False)
-        parts += [source, main_table(fold_lines), fold_table(fold_lines)]
+        if all_folds_are_there(fold_lines):
+            parts += [source, main_table(fold_lines), fold_table(fold_lines)]
     return "\n\n".join(parts)
 
 

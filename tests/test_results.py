@@ -132,6 +132,14 @@ def test_the_tables_in_results_are_those_of_runs_csv():
         assert part in page
 
 
+def test_a_table_of_folds_waits_for_all_of_them():
+    names = (*results.BASELINES, *results.ROWS)
+    lines = [{"row": name, "fold": str(fold)} for name in names for fold in range(results.FOLDS)]
+    assert results.all_folds_are_there(lines)
+    for number in range(len(lines)):
+        assert not results.all_folds_are_there(lines[:number] + lines[number + 1:])
+
+
 def test_the_bug_collection_in_results_is_that_of_its_file():
     """Every bug has its row, and each was caught."""
     page = (Path(bugs.ROOT) / "results" / "README.md").read_text()
