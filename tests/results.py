@@ -487,7 +487,7 @@ def all_folds_are_there(lines: list[dict]) -> bool:
 
 
 def tables() -> str:
-    """The tables of results/README.md, from runs.csv. Those of the folds come when all are there."""
+    """The tables of results/README.md, from runs.csv; of the folds, once all are there."""
     lines = read_csv(CSV)
     source, polite_lines = newest(lines, is_polite=True)
     parts = [source, polite_table(polite_lines)]
