@@ -165,9 +165,9 @@ def split(pairs: list[Pair], test: list[Pair], val_share: float,
           test_share: float) -> tuple[dict[str, list[Pair]], Counter]:
     """The splits "train", "val" and "test", and how many pairs were dropped.
 
-    Where there are pairs for the test, `test`, they are the test. Of the others, those with a
-    prompt of the test are dropped, and counted. Where `test` is empty, about test_share of the
-    prompts go to the test. In both cases about val_share of the prompts go to val.
+    test: the pairs of a test file. They are the test; other pairs with one of their prompts are
+    dropped, and counted. Where it is empty, about test_share of the prompts go to the test. In both
+    cases about val_share of the prompts go to val.
 
     The hash of a prompt decides, so equal prompts are never in two splits, in whatever order the
     pairs come and on whatever machine. If rows were drawn instead, a prompt that has several pairs

@@ -112,6 +112,7 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
 
     log_softmax = logits.log_softmax(-1)                                   # (R, T-1, V)
     token_logps = log_softmax.gather(-1, targets[:, :, None]).squeeze(-1)  # (R, T-1)
+    # Filled, not multiplied by the mask: -inf * 0 would be nan.
     token_logps = token_logps.masked_fill(~is_response, 0.0)
     return token_logps.sum(-1)                         # a sum, not a mean: of a whole response
 
@@ -267,7 +268,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     optimizer stay as they were, and "skipped" is 1.
     """
     if scaler is None:
-        # Its step is optimizer.step(), its scale returns the loss, and the rest does nothing.
+        # Switched off: scale returns the loss, step is optimizer.step(), the others do nothing.
         scaler = torch.amp.GradScaler(enabled=False)
 
     pair_count = sum(len(batch.numbers) for batch in micro_batches)
@@ -364,7 +365,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
 
     model: the GPT2 of model.py. batch: data.pack makes it from B pairs, see data.PackedBatch.
     `piece`: logits exist for so many predictions at a time, also in the backward pass. 4,500
-    predictions, as 32 pairs of hh-rlhf have, times 50,257 words would fill 0.9 GB, several times
+    predictions, as 32 pairs of hh-rlhf have, times 50,257 tokens would fill 0.9 GB, several times
     over.
     tests/test_dpo.py holds this function equal to sequence_logps, with its gradients.
 
@@ -438,10 +439,10 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     hidden = hidden.index_select(0, batch.predicts)    # (M, C): only what predicts a response
 
     # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. Near 0 the steps are fine. So we
-    # subtract from the logits of each prediction their mean, which changes no softmax. The mean of
-    # the products h . head[word] is h . (the mean of all head[word]): so it does to subtract the
-    # mean row from the head. As no softmax changes, the gradient by the mean is 0; detach saves the
-    # work of finding that out.
+    # subtract from the logits of each prediction their mean, which changes no softmax. A logit is
+    # h . head[token], so the mean logit is h . (the mean row of the head): we subtract that row
+    # from all rows. As no softmax changes, the gradient by the mean is 0; detach saves the work of
+    # finding that out.
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
     head = head - head.detach().mean(0)
 

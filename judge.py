@@ -343,8 +343,10 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
         if key == "":
             return 0.5
         if key in ("a", "b"):
-            chosen = a if key == "a" else b
-            return 1.0 if chosen == answer else 0.0    # the two answers differ
+            preferred = {"a": a, "b": b}[key]
+            if preferred == answer:
+                return 1.0
+            return 0.0                                 # the two answers differ
 
 
 # 4. Win rate ------------------------------------------------------------------------------------

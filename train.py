@@ -108,10 +108,10 @@ class Config:
     max_norm: float = option(1.0, "a longer gradient is shortened to this length")
 
     # Validations, log lines, saves
-    vals: int = option(8, "validations after updates, at most: as many updates apart as that asks "
-                          "for, and one at the end; there is one before the first update, too")
+    vals: int = option(8, "validations in a run, at most, beside the one before the first update: "
+                          "evenly spaced, and one at the end")
     patience: int = option(4, "training ends early after so many validations in a row without a "
-                              "lower loss")
+                              "loss below the lowest so far")
     log_every: int = option(10, "updates between two lines of the log")
     save_every: int = option(100, "updates between two saves; there is one before each validation")
 

@@ -159,8 +159,9 @@ def test_the_defaults_are_those_of_the_program():
          f"SFT: {adapters.sft_epochs} pass over the pairs; DPO: as many, from {fewest} to {most}, "
          f"as come nearest to 250 updates"],
         ["`--vals`, `--patience`",
-         f"at most {adapters.vals} validations; training ends early when {adapters.patience} in a "
-         f"row bring no lower loss. The weights with the lowest validation loss are kept"],
+         f"one validation before the first update, at most {adapters.vals} after it; training ends "
+         f"early when {adapters.patience} in a row bring no loss below the lowest so far, whose "
+         f"weights are kept"],
     ]
     assert f"\n{len(bugs.BUGS)} bugs that DPO code has had" in README
 
