@@ -723,7 +723,7 @@ def show_answers(when: str, answers: list[str]) -> tuple[float, float]:
 EXAMPLES = """
 examples:
   python train.py                        GPT-2 124M on all four subsets; downloads both
-  python train.py --demo                 a tiny model in a made-up world, in about two minutes
+  python train.py --demo                 a tiny model in a made-up world, in a minute or two
   python train.py --pairs mine.jsonl     your own pairs
   python train.py --resume               go on after a stop or a kill
   python train.py --adapter none --lr 1e-6 --batch_pairs 64

@@ -411,17 +411,26 @@ def where(scores: str, marks: str, mark: str) -> str:
     return "".join(score for score, own in zip(scores, marks, strict=True) if own == mark)
 
 
+def whole_folds(lines: list[dict]) -> list[str]:
+    """The folds that have every row of the main table."""
+    found = {(line["row"], line["fold"]) for line in lines}
+    whole = []
+    for fold in range(FOLDS):
+        if all((name, str(fold)) in found for name in (*BASELINES, *ROWS)):
+            whole.append(str(fold))
+    return whole
+
+
 def main_table(lines: list[dict]) -> str:
-    """Every fold: baselines, and DPO. lines: of one commit."""
+    """Baselines, and DPO, in all folds that are whole. lines: of one commit."""
+    folds = whole_folds(lines)
     scores = {}
     kinds = ""
-    for name in (*BASELINES, ADAPTERS, ALL_WEIGHTS):
-        own = sorted((line for line in lines if line["row"] == name),
-                     key=lambda line: int(line["fold"]))
-        assert [line["fold"] for line in own] == [str(fold) for fold in range(FOLDS)], name
-        scores[name] = "".join(line["scores"] for line in own)
+    for name in (*BASELINES, *ROWS):
+        own = {line["fold"]: line for line in lines if line["row"] == name}
+        scores[name] = "".join(own[fold]["scores"] for fold in folds)
         if name == BASELINES[0]:
-            kinds = "".join(line["kinds"] for line in own)
+            kinds = "".join(own[fold]["kinds"] for fold in folds)
     longer = scores[BASELINES[0]]                      # it marks the pairs by length, too
     best = max(BASELINES, key=lambda name: mean_score(scores[name]))
 
@@ -432,8 +441,9 @@ def main_table(lines: list[dict]) -> str:
                      with_interval(where(own, kinds, "-")), with_interval(where(own, kinds, "h")),
                      with_interval(where(own, longer, "2")), with_interval(where(own, longer, "0")),
                      with_interval(where(own, longer, "1"))])
-    header = ["", f"accuracy on {len(longer):,} pairs", f"against \"{best}\"", "helpful",
-              "harmless", "chosen is longer", "chosen is shorter", "equally long"]
+    header = ["", f"accuracy on {len(longer):,} pairs, folds {', '.join(folds)}",
+              f"against \"{best}\"", "helpful", "harmless", "chosen is longer",
+              "chosen is shorter", "equally long"]
     return judge.table(header, rows)
 
 
@@ -442,7 +452,7 @@ def fold_table(lines: list[dict]) -> str:
     rows = []
     for line in lines:
         if line["fold"] == "0" and line["command"]:
-            numbers = [line["row"], with_interval(line["scores"])]
+            numbers = [line["row"], with_interval(line["scores"]), line["best_step"]]
             for name in ("loss", "rewards/margins", "chosen_below_reference"):
                 numbers.append(float(line[name]))
             numbers.append(line["kl"])
@@ -450,9 +460,9 @@ def fold_table(lines: list[dict]) -> str:
                 numbers.append(float(line[name]))
             numbers += [f"{int(line['parameters']):,}", line["seconds"], line["memory_gb"]]
             rows.append(numbers)
-    header = ["", "accuracy", "loss", "margin", "chosen below reference", "KL, nats", "words",
-              "distinct-1", "distinct-2", "ended with end-of-text", "parameters that train",
-              "seconds", "GB"]
+    header = ["", "accuracy", "best update", "loss", "margin", "chosen below reference", "KL, nats",
+              "words", "distinct-1", "distinct-2", "ended with end-of-text",
+              "parameters that train", "seconds", "GB"]
     return judge.table(header, rows)
 
 
@@ -479,22 +489,13 @@ def newest(lines: list[dict], is_polite: bool) -> tuple[str, list[dict]]:
     return f"Training code of commit {commit}, on {'; '.join(machines)}.", lines
 
 
-def all_folds_are_there(lines: list[dict]) -> bool:
-    """Are there lines of every fold, for every row of the main table?"""
-    found = {(line["row"], line["fold"]) for line in lines}
-    wanted = {(name, str(fold)) for name in (*BASELINES, *ROWS) for fold in range(FOLDS)}
-    return wanted <= found
-
-
 def tables() -> str:
-    """The tables of results/README.md, from runs.csv; of the folds, once all are there."""
+    """The tables of results/README.md, from runs.csv."""
     lines = read_csv(CSV)
     source, polite_lines = newest(lines, is_polite=True)
     parts = [source, polite_table(polite_lines)]
-    if any(line["fold"] != "polite" for line in lines):
-        source, fold_lines = newest(lines, is_polite=False)
-        if all_folds_are_there(fold_lines):
-            parts += [source, main_table(fold_lines), fold_table(fold_lines)]
+    source, fold_lines = newest(lines, is_polite=False)
+    parts += [source, main_table(fold_lines), fold_table(fold_lines)]
     return "\n\n".join(parts)
 
 

@@ -144,6 +144,21 @@ def test_the_easy_pairs_are_those_of_runs_csv():
         assert found in on_one_line.replace("(95% interval ", "(")
 
 
+def test_the_real_pairs_are_those_of_runs_csv():
+    """Both rows of DPO keep their first weights, and the longer answer is the best baseline."""
+    _, lines = results.newest(results.read_csv(results.CSV), is_polite=False)
+    folds = results.whole_folds(lines)
+    longer = {line["fold"]: line["scores"] for line in lines if line["row"] == "the longer answer"}
+    scores = "".join(longer[fold] for fold in folds)
+    on_one_line = " ".join(README.split())
+    assert f"[{len(scores):,} real pairs]" in on_one_line
+    assert results.with_interval(scores) in on_one_line
+    assert f"accuracy {results.with_interval('1' * len(scores))}" in on_one_line
+    of_dpo = [line for line in lines if line["row"] in results.ROWS and line["fold"] in folds]
+    assert {line["best_step"] for line in of_dpo} == {"0"}
+    assert set("".join(line["scores"] for line in of_dpo)) == {"1"}
+
+
 def test_the_defaults_are_those_of_the_program():
     adapters = train.Config()
     everything = train.Config(adapter="none")
