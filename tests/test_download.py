@@ -142,6 +142,11 @@ class World:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         return f"http://127.0.0.1:{server.server_port}"
 
+    def close(self) -> None:
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
     def wait(self, seconds: float) -> None:
         self.waits.append(seconds)
         self.watch()
@@ -159,9 +164,7 @@ def world(monkeypatch, tmp_path):
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     yield world
-    for server in world.servers:
-        server.shutdown()
-        server.server_close()
+    world.close()
 
 
 @pytest.fixture

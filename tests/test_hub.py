@@ -26,12 +26,10 @@ ROOT = Path(data.__file__).parent
 TRAIN = "import sys, data; data.SHA256.clear(); import train; sys.exit(train.main())"
 
 
-@pytest.fixture
-def hub(tmp_path):
-    """A hub with all that a run without options asks for."""
+def tiny_hub(source: Path) -> World:
+    """A hub with all that a run without options asks for; in the folder, its model."""
     hub = World()
     torch.manual_seed(0)
-    source = tmp_path / "source"
     save_pretrained(GPT2(GPT2Config(1, 2, 8, 512, 50257, 64)), source)
     at = f"/openai-community/gpt2/resolve/{COMMIT}"
     hub.small[f"{at}/config.json"] = (source / "config.json").read_bytes()
@@ -53,10 +51,14 @@ def hub(tmp_path):
                 lines.append(json.dumps(row))
             name = f"/datasets/Anthropic/hh-rlhf/resolve/{HH_COMMIT}/{subset}/{split}.jsonl.gz"
             hub.large[name] = gzip.compress("\n".join(lines).encode())
+    return hub
+
+
+@pytest.fixture
+def hub(tmp_path):
+    hub = tiny_hub(tmp_path / "source")
     yield hub
-    for server in hub.servers:
-        server.shutdown()
-        server.server_close()
+    hub.close()
 
 
 def begin(hub, folder: Path, *words: str) -> subprocess.Popen:

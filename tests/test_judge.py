@@ -165,6 +165,10 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
     def reply(self, body: dict) -> tuple[int, object, dict]:
         """What the server of this name answers."""
         form = body["response_format"]
@@ -214,8 +218,7 @@ def serve(monkeypatch):
         return servers[-1]
     yield start
     for server in servers:
-        server.http.shutdown()
-        server.http.server_close()
+        server.close()
 
 
 @pytest.fixture(scope="session")
@@ -804,15 +807,20 @@ def test_the_report_ends_with_the_answers_as_they_are(run, serve):
 # 6. --ask and --blind ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Path:
-    """The folder of a demo's run: tiny models that read bytes, and know nothing."""
-    out = tmp_path_factory.mktemp("demo")
+def tiny_demo(out: Path) -> None:
+    """Put into the folder what a demo's run leaves: tiny models that read bytes, and know nothing.
+    """
     for seed, name in enumerate(("best", "sft")):
         torch.manual_seed(seed)
         save_pretrained(GPT2(GPT2Config(1, 2, 16, 128, 257, 16)), out / name)
     options = {"demo": True, "max_prompt_tokens": 60, "model": "gpt2"}
     (out / "config.json").write_text(json.dumps({"format": data.RUN_FORMAT, "options": options}))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    tiny_demo(out)
     return out
 
 
