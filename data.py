@@ -1,4 +1,4 @@
-"""hh-rlhf: from a line of its files to a batch of tensors. Every pair is accounted for.
+"""hh-rlhf: from a line of its files to a batch of tensors. What is dropped is counted.
 
 Read from top to bottom:
 
@@ -55,9 +55,9 @@ class Pair(NamedTuple):
     chosen:   " Blue is a color."
     rejected: " Red."
 
-    A response keeps its leading space. GPT-2's tokens begin with the space before a word. So, where
-    a response begins with a space, as in hh-rlhf, the ids of prompt and response, tokenized apart,
-    are those of both together.
+    A response keeps its leading space. GPT-2's tokens begin with the space before a word: " Blue"
+    is one token. So, where a response begins with a space, as in hh-rlhf, prompt and response can
+    be tokenized apart, and no token would have reached from one into the other.
     """
     prompt: str
     chosen: str
@@ -78,12 +78,17 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
     """
     pairs = []
     audit = Counter(rows=0, kept=0)
-    line = b""                     # for the message below, if not even the first line can be read
     try:
         with open_jsonl(path) as file:
             for line in file:
                 audit["rows"] += 1
-                result = parse_line(line)
+                try:
+                    result = parse_line(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(
+                        f"{path}, line {audit['rows']}: {error}, in {repr(line)[:80]}; expected a "
+                        f"JSON object with the strings chosen and rejected, and perhaps prompt: "
+                        f"correct the line, or delete the file") from None
                 if isinstance(result, Pair):
                     audit["kept"] += 1
                     pairs.append(result)
@@ -92,10 +97,6 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: no whole gzip file, it breaks off after line {audit['rows']} "
                          f"({error}); delete it, and download it again") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {audit['rows']}: {error}, in {repr(line)[:80]}; expected a "
-                         f"JSON object with the strings chosen and rejected, and perhaps prompt: "
-                         f"correct the line, or delete the file") from None
     return pairs, audit
 
 
@@ -132,8 +133,10 @@ def parse_line(line: bytes) -> Pair | str:
         rejected = prompt + " " + rejected.lstrip()
 
     for dialogue in (chosen, rejected):
-        one_question = dialogue.startswith(HUMAN) and dialogue.count(HUMAN) == 1
-        if not one_question or dialogue.count(ASSISTANT) != 1:
+        begins_with_human = dialogue.startswith(HUMAN)
+        one_question = dialogue.count(HUMAN) == 1
+        one_answer = dialogue.count(ASSISTANT) == 1
+        if not (begins_with_human and one_question and one_answer):
             return "not one turn"
 
     chosen_prompt, chosen_response = chosen.split(ASSISTANT)
@@ -165,9 +168,9 @@ def split(pairs: list[Pair], test: list[Pair], val_share: float,
           test_share: float) -> tuple[dict[str, list[Pair]], Counter]:
     """The splits "train", "val" and "test", and how many pairs were dropped.
 
-    test: the pairs of a test file. They are the test; other pairs with one of their prompts are
-    dropped, and counted. Where it is empty, about test_share of the prompts go to the test. In both
-    cases about val_share of the prompts go to val.
+    test: the pairs of a test file. They become the split "test"; other pairs with one of their
+    prompts are dropped, and counted. Where it is empty, about test_share of the prompts go to that
+    split. In both cases about val_share of the prompts go to "val".
 
     The hash of a prompt decides, so equal prompts are never in two splits, in whatever order the
     pairs come and on whatever machine. If rows were drawn instead, a prompt that has several pairs
@@ -176,13 +179,15 @@ def split(pairs: list[Pair], test: list[Pair], val_share: float,
     splits = {"train": [], "val": [], "test": list(test)}
     dropped = Counter({"prompt is in test": 0})
     test_prompts = {pair.prompt for pair in test}
+    if test:
+        test_share = 0.0           # nothing more goes there
     for pair in pairs:
         fraction = fraction_of(pair.prompt)
         if pair.prompt in test_prompts:
             dropped["prompt is in test"] += 1
         elif fraction < val_share:
             splits["val"].append(pair)
-        elif not test and fraction < val_share + test_share:
+        elif fraction < val_share + test_share:
             splits["test"].append(pair)
         else:
             splits["train"].append(pair)
@@ -260,13 +265,13 @@ class PaddedBatch(NamedTuple):
     """B pairs in 2B rows, each a prompt, then a response, then padding."""
     tokens: Tensor                 # (2B, T) int64
     mask: Tensor                   # (2B, T) bool: True on the response
-    numbers: Tensor                # (B,) int64: the pairs' numbers in the data set
+    indices: Tensor                # (B,) int64: the pairs' places in the data set
 
 
-def pad(pairs: list[TokenPair], numbers: Sequence[int]) -> PaddedBatch:
-    """The plain batch of these pairs, whose numbers in the data set are `numbers` (B,).
+def pad(pairs: list[TokenPair], indices: Sequence[int]) -> PaddedBatch:
+    """The plain batch of these pairs, whose places in the data set are `indices` (B,).
 
-    >>> batch = pad([TokenPair([10, 11], [20, 21, 99], [30, 99])], numbers=[7])
+    >>> batch = pad([TokenPair([10, 11], [20, 21, 99], [30, 99])], indices=[7])
     >>> batch.tokens
     tensor([[10, 11, 20, 21, 99],
             [10, 11, 30, 99,  0]])
@@ -289,7 +294,7 @@ def pad(pairs: list[TokenPair], numbers: Sequence[int]) -> PaddedBatch:
         tokens[row, :start] = torch.as_tensor(prompt)
         tokens[row, start:end] = torch.as_tensor(response)
         mask[row, start:end] = True
-    return PaddedBatch(tokens, mask, torch.as_tensor(numbers, dtype=torch.int64))
+    return PaddedBatch(tokens, mask, torch.as_tensor(indices, dtype=torch.int64))
 
 
 class PackedBatch(NamedTuple):
@@ -301,12 +306,12 @@ class PackedBatch(NamedTuple):
     tokens: Tensor                 # (N,) the ids that the model reads
     positions: Tensor              # (N,) of each token in its row, from 0
     grids: tuple[Tensor, ...]      # (R, T) each: rows for attention; a cell is a place in `tokens`
-    cells: Tensor                  # (N,) of each token a cell, numbered row by row, grid after grid
+    cells: Tensor                  # (N,) for each token the cell with its result; see make_grids
     predicts: Tensor               # (M,) the places in `tokens` that predict a token of a response
     targets: Tensor                # (M,) the ids that are predicted there
     owner: Tensor                  # (M,) the response, 0 to 2B - 1, to which the target belongs
-    response_lengths: Tensor        # (2B,) how many tokens each response has
-    numbers: Tensor                # (B,) the pairs' numbers in the data set
+    response_lengths: Tensor       # (2B,) how many tokens each response has
+    indices: Tensor                # (B,) the pairs' places in the data set
     reference: Tensor              # (2B,) float32: the reference's logps; nan before it was asked
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -320,21 +325,22 @@ class PackedBatch(NamedTuple):
             targets=self.targets.to(device),
             owner=self.owner.to(device),
             response_lengths=self.response_lengths.to(device),
-            numbers=self.numbers.to(device),
+            indices=self.indices.to(device),
             reference=self.reference.to(device),
         )
 
 
-def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | None = None,
-         sides: tuple[str, ...] = SIDES, grids: int = 1) -> PackedBatch:
-    """The PackedBatch of these pairs, whose numbers in the data set are `numbers` (B,).
+def pack(pairs: list[TokenPair], indices: Sequence[int], reference: Tensor | None = None,
+         sides: tuple[str, ...] = SIDES, grid_count: int = 1) -> PackedBatch:
+    """The PackedBatch of these pairs, whose places in the data set are `indices` (B,).
 
     sides: ("chosen", "rejected") for DPO, or ("chosen",) for supervised fine-tuning.
 
     reference (2, pairs of the data set) float32: what dpo.reference_logps returned, for DPO; or
     None.
-    grids: attention's rows stand in so many grids, each as wide as its longest row. With more grids
-    the rows of each are of more similar length: there is less padding, and there are more calls.
+    grid_count: attention's rows stand in so many grids, each as wide as its longest row. With more
+    grids the rows of each are of more similar length: there is less padding, and there are more
+    calls.
     """
     line = []                      # arrays of ids: a prompt, its responses, the next prompt, ...
     positions = []                 # an array for each array in `line`
@@ -372,23 +378,25 @@ def pack(pairs: list[TokenPair], numbers: Sequence[int], reference: Tensor | Non
         predicts.append(row[-len(response):])
         owner.append(np.full(len(response), number))
 
+    indices = torch.as_tensor(indices, dtype=torch.int64)
     if reference is None:
-        of_reference = torch.full((len(all_rows),), math.nan)
+        reference_logps = torch.full((len(all_rows),), math.nan)
     else:
         assert sides == SIDES, f"the reference is of both sides, the batch of {sides}"
-        of_reference = reference[:, torch.as_tensor(numbers)].flatten()      # (2, B) -> (2B,)
-    grid_tensors, cells = make_grids(all_rows, length, grids)
+        chosen, rejected = reference[:, indices]                   # (B,) each
+        reference_logps = torch.cat([chosen, rejected])            # (2B,)
+    grids, cells = make_grids(all_rows, length, grid_count)
     return PackedBatch(
         tokens=joined(line),
         positions=joined(positions),
-        grids=grid_tensors,
+        grids=grids,
         cells=cells,
         predicts=joined(predicts),
         targets=joined(all_responses),
         owner=joined(owner),
         response_lengths=torch.tensor([len(response) for response in all_responses]),
-        numbers=torch.as_tensor(numbers, dtype=torch.int64),
-        reference=of_reference,
+        indices=indices,
+        reference=reference_logps,
     )
 
 
@@ -396,14 +404,16 @@ def make_grids(rows: list[np.ndarray], length: int,
                count: int) -> tuple[tuple[Tensor, ...], Tensor]:
     """Rows in up to `count` grids, of rows of like length; and for each token one of its cells.
 
-    dpo.packed_logps shows a grid and the numbers of its cells. A row is an array of places in the
-    line, which has `length` tokens. Padding is place 0: the model computes something there, and
-    nothing reads it. Rows of 2, 3 and 40 tokens fill 3 x 40 cells of one grid, but 2 x 3 and 1 x 40
-    cells of two.
+    dpo.packed_logps shows a grid and the numbers of its cells: they go on from row to row, and from
+    grid to grid. A row is an array of places in the line, which has `length` tokens. Padding is
+    place 0: the model computes something there, and nothing reads it. Rows of 2, 3 and 40 tokens
+    fill 3 x 40 cells of one grid, but 2 x 3 and 1 x 40 cells of two.
 
-    For DPO a prompt stands in two rows. Its tokens have the same results in both: no token sees
-    what comes later. Either may be taken. No gradient is lost by that: what the two responses need
-    of the prompt are its keys and values, and both rows gather these from the line.
+    For DPO a prompt stands in two rows. Its tokens have the same results in both, as no token sees
+    what comes later, so one of the two may be taken. No gradient is lost with the other. What a
+    response needs of its prompt are keys and values. Both rows gather these from the line, so the
+    gradients of both rows meet there. What is not taken is only the second copy of what the
+    prompt's tokens themselves saw.
     """
     order = np.arange(len(rows))
     if count > 1:
@@ -420,8 +430,7 @@ def make_grids(rows: list[np.ndarray], length: int,
             # The cells of this row begin at row_start. Where a prompt stands in two rows, the later
             # row overwrites what the earlier one wrote.
             row_start = first_cell + i * width
-            for t, place in enumerate(row):
-                cells[place] = row_start + t
+            cells[row] = row_start + np.arange(len(row))
         grids.append(torch.from_numpy(grid))
         first_cell += grid.size
     return tuple(grids), torch.from_numpy(cells)
@@ -435,50 +444,50 @@ def joined(arrays: list) -> Tensor:
 
 def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: int, start: int = 0,
             reference: Tensor | None = None, sides: tuple[str, ...] = SIDES,
-            grids: int = 1) -> Iterator[list[PackedBatch]]:
+            grid_count: int = 1) -> Iterator[list[PackedBatch]]:
     """For each update, from number `start` on and without end, the micro-batches of its pairs.
 
     An epoch holds each pair once; its last update may have fewer pairs. The order is shuffled anew
     for each epoch, and follows from (seed, epoch) alone: so a resumed run sees the same batches.
     An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs:
-    a batch of pairs of like length has little padding. reference, sides, grids: see pack.
+    a batch of pairs of like length has little padding. reference, sides, grid_count: see pack.
     """
     updates_per_epoch = math.ceil(len(pairs) / batch_pairs)
-    # With 3 updates an epoch, update number 5 is in epoch 1, of which 2 updates are done.
-    first_epoch, done = divmod(start, updates_per_epoch)
-    for epoch in itertools.count(first_epoch):
+    for update in itertools.count(start):
+        # With 3 updates an epoch, update number 5 is number 2 of epoch 1.
+        epoch = update // updates_per_epoch
+        number_in_epoch = update % updates_per_epoch
         order = shuffled(len(pairs), seed, epoch)
-        for first in range(done * batch_pairs, len(pairs), batch_pairs):
-            numbers = order[first:first + batch_pairs]
-            yield list(micro_batches(pairs, numbers, micro_pairs, reference, sides, grids))
-        done = 0                   # only the first of these epochs may have begun earlier
+        first = number_in_epoch * batch_pairs
+        indices = order[first:first + batch_pairs]
+        yield list(micro_batches(pairs, indices, micro_pairs, reference, sides, grid_count))
 
 
 def by_length(pairs: list[TokenPair], micro_pairs: int, reference: Tensor | None = None,
-              sides: tuple[str, ...] = SIDES, grids: int = 1) -> Iterator[PackedBatch]:
+              sides: tuple[str, ...] = SIDES, grid_count: int = 1) -> Iterator[PackedBatch]:
     """For passes without updates: all pairs once, by length, in batches of up to micro_pairs.
 
-    reference, sides, grids: see pack.
+    reference, sides, grid_count: see pack.
     """
-    numbers = np.arange(len(pairs))
-    return micro_batches(pairs, numbers, micro_pairs, reference, sides, grids)
+    indices = np.arange(len(pairs))
+    return micro_batches(pairs, indices, micro_pairs, reference, sides, grid_count)
 
 
-def micro_batches(pairs: list[TokenPair], numbers: np.ndarray, micro_pairs: int,
+def micro_batches(pairs: list[TokenPair], indices: np.ndarray, micro_pairs: int,
                   reference: Tensor | None, sides: tuple[str, ...],
-                  grids: int) -> Iterator[PackedBatch]:
-    """The pairs with these numbers, sorted by length, in batches of up to micro_pairs.
+                  grid_count: int) -> Iterator[PackedBatch]:
+    """The pairs at these places, sorted by length, in batches of up to micro_pairs.
 
     The length is of the prompt and both responses, even where `sides` is one.
     """
     lengths = []
-    for number in numbers:
-        pair = pairs[number]
+    for index in indices:
+        pair = pairs[index]
         lengths.append(len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
-    numbers = numbers[np.argsort(lengths, kind="stable")]
-    for first in range(0, len(numbers), micro_pairs):
-        some = numbers[first:first + micro_pairs]
-        yield pack([pairs[number] for number in some], some, reference, sides, grids)
+    indices = indices[np.argsort(lengths, kind="stable")]
+    for first in range(0, len(indices), micro_pairs):
+        some = indices[first:first + micro_pairs]
+        yield pack([pairs[index] for index in some], some, reference, sides, grid_count)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:

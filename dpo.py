@@ -11,11 +11,13 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 
 The letters in the shapes: B pairs, R rows, T tokens of a row, V tokens of the vocabulary.
 
-This file needs torch alone, so it can be copied. A batch may be any object that has `numbers` (B,),
-which say where its pairs stand in the data set; section 5 alone needs the batches of data.py, and
-the GPT2 of model.py. Here it trains a model of `transformers`, on the CPU. Come back to this
-example after section 4. `batches` is a list of batches of 8 pairs, as data.pad makes them: tokens
-(16, T), mask (16, T) and numbers (8,). The 8 rows with the chosen responses come first.
+This file needs torch alone, so it can be copied. A batch may be any object that has `indices` (B,):
+where its pairs stand in the data set. Section 5 alone needs the batches of data.py, and the GPT2 of
+model.py.
+
+All of it together, to be read after section 4: here a model of `transformers` is trained, on the
+CPU. `batches` is a list of batches of 8 pairs, as data.pad makes them: tokens (16, T), mask (16, T)
+and indices (8,). The 8 rows with the chosen responses come first.
 
     from dpo import check_start, cosine_lr, dpo_metrics, reference_logps, sequence_logps
     from dpo import train_step
@@ -28,11 +30,13 @@ example after section 4. `batches` is a list of batches of 8 pairs, as data.pad 
     reference = reference_logps(logps_of, model, batches, pair_count=8 * len(batches))
 
     def reference_of(batch):
-        return reference[:, batch.numbers].flatten()      # (2, 8) -> (16,), chosen first
+        chosen, rejected = reference[:, batch.indices]  # (8,) each
+        return torch.cat([chosen, rejected])            # (16,), as logps_of returns them
 
     def loss_function(model, batch):                    # dpo_metrics calls dpo_loss
         return dpo_metrics(logps_of(model, batch), reference_of(batch), beta=0.1)
 
+    # The policy still is the reference. If its log-probabilities differ, something is wrong.
     check_start(logps_of(model, batches[0]), reference_of(batches[0]))
     peak = 1e-5
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
@@ -102,10 +106,11 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     tokens (R, T) int64: in each row a prompt, then a response, then padding.
     mask (R, T) bool: True on the tokens of the response.
 
-    The padding stands on the right and needs no attention mask: attention is causal, so no real
-    token sees it. What the model predicts of the prompt and on the padding is dropped, by `mask`.
+    A token is predicted at the place before it: the first token of a response at the prompt's last
+    token. The padding stands on the right and needs no attention mask: attention is causal, so no
+    real token sees it. What is predicted of the prompt and of the padding is dropped, by `mask`.
     """
-    logits = model(tokens[:, :-1])                     # (R, T-1, V): position t predicts token t+1
+    logits = model(tokens[:, :-1])                     # (R, T-1, V): place t predicts token t+1
     logits = at_least_float32(logits)                  # a sum over tokens needs the precision
     targets = tokens[:, 1:]                            # (R, T-1): the tokens that came
     is_response = mask[:, 1:]                          # (R, T-1): which of them count
@@ -136,16 +141,16 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
     memory, and no update computes the reference again.
 
     logps_of(model, batch): the logps (2B,) of a batch, chosen first. batches: together they hold
-    each pair once; batch.numbers (B,) int64 has the pairs' numbers, from 0 to pair_count - 1.
+    each pair once; batch.indices (B,) int64 are the pairs' places in the data set, from 0 to
+    pair_count - 1. A pair that no batch holds has nan.
     """
-    # A pair that no batch holds stays nan, and train_step makes no update of a loss that is nan.
     table = torch.full((2, pair_count), math.nan)
     for batch in batches:
         logps = logps_of(model, batch).float().cpu()   # (2B,)
         chosen, rejected = logps.chunk(2)              # (B,) each
-        numbers = batch.numbers.cpu()
-        table[0, numbers] = chosen
-        table[1, numbers] = rejected
+        indices = batch.indices.cpu()
+        table[0, indices] = chosen
+        table[1, indices] = rejected
     return table
 
 
@@ -183,9 +188,8 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     """The 95% interval of a share: what it may be, given that `count` samples had this mean.
 
-    Wilson 1927 (JASA 22, p. 209): all shares p with |mean - p| <= z * sqrt(p * (1 - p) / count).
-    Under the root stands how much samples vary if their true share is p. So the interval has some
-    width even where all samples agree, unlike mean +- 1.96 standard errors. A sample may also be a
+    Wilson 1927 (JASA 22, p. 209). The usual mean +- 1.96 standard errors has no width where all
+    samples agree; this interval still has some, as two of two is no proof. A sample may also be a
     score between 0 and 1, such as 1/2 for a tie. Such scores vary less than zeros and ones with the
     same mean, so the interval is then wider than it need be. Raises ValueError unless count is
     above 0 and mean lies in [0, 1].
@@ -198,13 +202,10 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
         raise ValueError(f"a mean of {mean} over {count} samples: expected a mean from 0 to 1, "
                          f"over at least one sample")
     z = 1.959964                                       # 95% of a normal distribution lie within z
-    # At the ends of the interval (mean - p)**2 = z**2 * p * (1 - p) / count. Sorted by powers of p,
-    # that is a * p**2 - 2 * b * p + c = 0, whose solutions are (b - root) / a and (b + root) / a.
-    a = 1 + z**2 / count
-    b = mean + z**2 / (2 * count)
-    c = mean**2
-    root = math.sqrt(max(0.0, b**2 - a * c))           # rounding may leave it just below 0
-    return max(0.0, (b - root) / a), min(1.0, (b + root) / a)
+    scale = 1 + z**2 / count
+    center = (mean + z**2 / (2 * count)) / scale
+    half_width = z * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2)) / scale
+    return max(0.0, center - half_width), min(1.0, center + half_width)    # rounding apart
 
 
 # 4. Training ------------------------------------------------------------------------------------
@@ -215,9 +216,9 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     """The learning rate of update number `step`, which counts from 0 to total_steps - 1.
 
     It grows linearly to `peak` over the first warmup_steps updates. Then it falls along half a
-    cosine, to final * peak at the last update. A warm-up begins with peak / warmup_steps, not 0: an
-    update with a rate of 0 would be wasted. Below, the updates 0 and 1 warm up. Update 2 is the top
-    of the cosine, with the peak once more, and update 6, the last, is its end.
+    cosine, from `peak` to final * peak at the last update. A warm-up begins with
+    peak / warmup_steps, not 0: an update with a rate of 0 would be wasted. Below, the updates 0 and
+    1 warm up, and the updates 2 to 6 are the cosine. (A cosine of a single update is its top.)
 
     >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
@@ -225,8 +226,9 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
 
-    cosine_steps = max(1, total_steps - 1 - warmup_steps)         # from its top to the last update
-    done = min(1.0, (step - warmup_steps) / cosine_steps)         # from 0 to 1
+    last = max(total_steps - 1, warmup_steps + 1)                 # + 1: no division by 0 below
+    step = min(step, last)                                        # after the end, the rate stays
+    done = (step - warmup_steps) / (last - warmup_steps)          # from 0 to 1
     height = (1 + math.cos(math.pi * done)) / 2                   # from 1 to 0
     return peak * (final + (1 - final) * height)
 
@@ -246,18 +248,27 @@ def mean_over_pairs(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def as_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
     """Tensors () as numbers. All are read at once: for each read, Python waits for the GPU."""
-    numbers = torch.stack(list(metrics.values())).tolist()
-    return dict(zip(metrics, numbers, strict=True))
+    values = torch.stack(list(metrics.values())).tolist()
+    return dict(zip(metrics, values, strict=True))
 
 
 def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Optimizer,
                loss_function: LossFunction, max_norm: float = 1.0,
                scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
-    """One iteration of training: an update, from the mean loss over all pairs.
+    """One iteration of training: an update, from the mean loss over all pairs. In short:
+
+        loss = loss_function(model, batch)["loss"].mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    What the function adds: a batch may come in parts, float16 may be used, and a loss that is not
+    finite does no harm.
 
     micro_batches: the parts of one batch, small enough to go through the model one at a time.
-    Each is any object with `numbers` (B,). Their gradients add up, so the update is that of one
-    pass. Of the numbers only their count is used.
+    Each is any object with `indices` (B,), which tell here how many pairs it has. The gradients of
+    the parts add up, so the update is that of one pass, but for rounding.
     loss_function(model, batch): a dict of (B,) tensors, "loss" among them, as dpo_metrics returns.
     max_norm: a longer gradient is shortened to this length.
     scaler: for float16, whose small gradients would become 0. It multiplies the loss by a large
@@ -271,7 +282,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
         # Switched off: scale returns the loss, step is optimizer.step(), the others do nothing.
         scaler = torch.amp.GradScaler(enabled=False)
 
-    pair_count = sum(len(batch.numbers) for batch in micro_batches)
+    pair_count = sum(len(batch.indices) for batch in micro_batches)
     parts = []
     for batch in micro_batches:
         metrics = loss_function(model, batch)
@@ -291,7 +302,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
         scaler.step(optimizer)                         # optimizer.step()
-    scaler.update()        # a lower scale for the next update, if unscale_ found inf or nan above
+    scaler.update()        # a lower scale from now on, if unscale_ found an inf or nan
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -313,14 +324,15 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
     policy, reference (2B,): logps in nats of one batch. The policy must be asked with the very
     batch that the reference was asked with: in another batch, bfloat16 rounds differently.
 
-    At this moment all rewards are 0 and the loss of equation 7 is log 2. If they are not, training
-    would still run, towards a wrong goal. This check catches dropout that was left on, a reference
-    that another checkpoint gave, and an adapter that changes the model before it has learnt
-    anything; and a wrong order of the pairs, as far as this batch shows it. It can't catch what is
-    wrong in both alike, such as a wrong mask.
+    At this moment all rewards are 0 and the loss of equation 7 is log 2. (In other batches of the
+    same pairs, such as those of the updates, they are so but for rounding.) If they are not,
+    training would still run, towards a wrong goal. This check catches dropout that was left on, a
+    reference that another checkpoint gave, and an adapter that changes the model before it has
+    learnt anything; and a wrong order of the pairs, as far as this batch shows it. It can't catch
+    what is wrong in both alike, such as a wrong mask.
 
-    Only rounding is allowed, of 4 times float32's relative precision: some devices add up numbers
-    in a changing order. For logps near -150 that is 4 * 1.2e-7 * 150 = 0.00007 nats.
+    Only rounding is allowed: some devices add up numbers in a changing order. We chose 4 times
+    float32's relative precision. For logps near -150 that is 4 * 1.2e-7 * 150 = 0.00007 nats.
     """
     difference = (policy - reference).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
@@ -361,7 +373,7 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 
 def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     """The logps (2B,) of a packed batch, in nats, chosen first: those of sequence_logps, rounded
-    in another way.
+    in another way. (B,) for the batches of SFT, which hold chosen responses alone.
 
     model: the GPT2 of model.py. batch: data.pack makes it from B pairs, see data.PackedBatch.
     `piece`: logits exist for so many predictions at a time, also in the backward pass. 4,500
@@ -378,7 +390,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     >>> import data
     >>> from model import GPT2, GPT2Config
     >>> batch = data.pack([data.TokenPair([10, 11], [20, 21, 99], [30, 99]),
-    ...                    data.TokenPair([12], [40], [41, 42])], numbers=[0, 1])
+    ...                    data.TokenPair([12], [40], [41, 42])], indices=[0, 1])
 
     In one line stand the 7 tokens that are read. The last token of a response is predicted, but
     nothing is predicted from it, so it is not among them. A place counts along the line. A position
@@ -446,8 +458,8 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
     head = head - head.detach().mean(0)
 
-    # Autocast does not reach into a backward pass. Without these casts the products in
-    # TargetLogps.backward would be in float32, and slow.
+    # Autocast does not reach into the backward pass that TargetLogps has of its own. Without these
+    # casts its products would be in float32, and slow.
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         hidden = hidden.to(torch.get_autocast_dtype(device_type))
@@ -465,11 +477,11 @@ class TargetLogps(torch.autograd.Function):
     time. Apart from memory, this equals three lines. Read them in its place, and skip the
     rest of this class at first reading:
 
-        log_softmax = at_least_float32(hidden @ head.T).log_softmax(-1)
-        logps = log_softmax.gather(-1, targets[:, None]).squeeze(-1)
-        return logps
+        logits = at_least_float32(head @ hidden.T)                     # (V, M): a column for each
+        log_softmax = logits.log_softmax(0)                            # prediction, as CPUs like
+        logps = log_softmax.gather(0, targets[None, :]).squeeze(0)     # (M,)
 
-    autograd would keep all M x V numbers of log_softmax for these lines. So both derivatives are
+    autograd would keep all V x M numbers of log_softmax for these lines. So both derivatives are
     written out here. For one prediction, with h for its row of hidden and V words in the head:
 
         log p(target) = h . head[target] - log(sum over all words of exp(h . head[word]))
@@ -479,41 +491,44 @@ class TargetLogps(torch.autograd.Function):
 
     The first needs nothing that comes later, so the forward pass makes it at once, while it has the
     logits. The second is as large as the head, and only there if the head trains: the backward pass
-    makes it, from logits that are computed once more.
+    makes it, from logits that are computed once more. There each h comes with a weight, the
+    gradient that arrives for its prediction. The sums over all predictions are products of
+    matrices, softmax (V, M) @ weighted h (M, C), piece by piece.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, piece: int) -> Tensor:
         logps = []
-        slopes = []                                    # d log p / d hidden
+        slopes = []                                    # the derivatives by h
         for h, target in zip(hidden.split(piece), targets.split(piece), strict=True):
-            # A column for each prediction. A CPU makes this product faster than one with rows.
-            log_softmax = at_least_float32(head @ h.T).log_softmax(0)        # (V, piece)
-            logps.append(log_softmax.gather(0, target[None, :]).squeeze(0))
+            logits = at_least_float32(head @ h.T)                            # (V, piece)
+            log_softmax = logits.log_softmax(0)                              # (V, piece)
+            logps.append(log_softmax.gather(0, target[None, :]).squeeze(0))  # (piece,)
             if ctx.needs_input_grad[0]:
                 softmax = log_softmax.exp_().to(h.dtype)       # in place: gather has copied
-                slopes.append(head[target] - softmax.T @ head)
+                slopes.append(head[target] - softmax.T @ head)               # (piece, C)
         ctx.save_for_backward(hidden, head, targets, torch.cat(slopes) if slopes else None)
         ctx.piece = piece
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """grad (M,): the derivative of the loss by each log p."""
         hidden, head, targets, slopes = ctx.saved_tensors
-        # Products are in the number format of hidden, sums in float32.
-        weighted = (grad[:, None] * hidden).to(hidden.dtype)                 # (M, C)
-        d_head = None
-        if ctx.needs_input_grad[1]:
-            d_head = torch.zeros_like(head, dtype=grad.dtype)                # (V, C)
-            # The two terms of the second derivative: h at the targets, and softmax times h.
-            d_head.index_add_(0, targets, weighted.to(grad.dtype))
-            for h, w in zip(hidden.split(ctx.piece), weighted.split(ctx.piece), strict=True):
-                softmax = at_least_float32(head @ h.T).softmax(0).to(h.dtype)
-                subtract_product(d_head, softmax, w)
-            d_head = d_head.to(head.dtype)
         d_hidden = None
         if ctx.needs_input_grad[0]:
-            d_hidden = (grad[:, None] * slopes).to(hidden.dtype)
+            d_hidden = (grad[:, None] * slopes).to(hidden.dtype)             # (M, C)
+        d_head = None
+        if ctx.needs_input_grad[1]:
+            # Products are in the number format of hidden, sums in float32.
+            weighted = (grad[:, None] * hidden).to(hidden.dtype)             # (M, C)
+            d_head = torch.zeros_like(head, dtype=grad.dtype)                # (V, C)
+            d_head.index_add_(0, targets, weighted.to(grad.dtype))           # the term of targets
+            for h, w in zip(hidden.split(ctx.piece), weighted.split(ctx.piece), strict=True):
+                logits = at_least_float32(head @ h.T)                        # (V, piece)
+                softmax = logits.softmax(0).to(h.dtype)                      # (V, piece)
+                subtract_product(d_head, softmax, w)                         # the other term
+            d_head = d_head.to(head.dtype)
         return d_hidden, d_head, None, None            # targets and piece have no gradient
 
 
@@ -543,18 +558,22 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
     chosen_logratio, rejected_logratio = (policy - reference).chunk(2)       # (B,) each
     chosen_lengths, rejected_lengths = response_lengths.chunk(2)
     margin = beta * (chosen_logratio - rejected_logratio)         # the difference of the rewards
+    # The same difference, without beta, of means over tokens in place of sums.
     difference_of_means = chosen_logratio / chosen_lengths - rejected_logratio / rejected_lengths
 
     if variant == "sigmoid":
-        # Equation 7. With label_smoothing it is the conservative DPO of Mitchell 2023: the loss is
-        # lowest where sigmoid(margin) is 1 - label_smoothing, so a margin doesn't grow without end.
+        # Without label_smoothing this is dpo_loss, equation 7. With it, it is the conservative DPO
+        # of Mitchell 2023: the loss is lowest where sigmoid(margin) is 1 - label_smoothing, so a
+        # margin doesn't grow without end.
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return (1 - label_smoothing) * right + label_smoothing * wrong
 
     if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share label_smoothing of the labels is
-        # wrong, the mean of this loss is what equation 7 would give with right labels.
+        # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share e = label_smoothing of the labels
+        # is wrong, the mean of this loss is what equation 7 would give with right labels. For a
+        # wrong label swaps right and wrong, so the mean has wrong with the factor
+        # (1 - e) * -e + e * (1 - e) = 0, and right with ((1 - e)**2 - e**2) / (1 - 2 * e) = 1.
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)

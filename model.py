@@ -70,10 +70,11 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Rows of tokens: (R, T, C) -> (R, T, C).
 
-        scaled_dot_product_attention is a faster form of these three lines:
+        scaled_dot_product_attention is a faster form of these four lines:
 
+            later = torch.ones(T, T, dtype=torch.bool).triu(1)         # (T, T): [t, s] is s > t
             scores = q @ k.transpose(-2, -1) / math.sqrt(D)            # (R, H, T, T)
-            scores = scores.masked_fill(later, -math.inf)              # later[t, s] is s > t
+            scores = scores.masked_fill(later, -math.inf)
             y = scores.softmax(-1) @ v                                 # (R, H, T, D)
         """
         q, k, v = self.heads(self.c_attn(x))                           # (R, H, T, D) each
@@ -224,8 +225,8 @@ class GPT2(nn.Module):
 def initialize(module: nn.Module, n_layer: int) -> None:
     """GPT-2's random start: normal with deviation 0.02, biases 0, LayerNorms as PyTorch makes them.
 
-    Each layer adds the outputs of two c_proj to x. They start smaller, by the root of their number,
-    2 * n_layer, so that the size of x does not grow with the number of layers.
+    Each layer adds the outputs of two c_proj to x. Their weights start smaller, divided by the
+    square root of 2 * n_layer, so that the size of x does not grow with the number of layers.
     """
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
@@ -266,10 +267,16 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
     keys = torch.zeros(shape, dtype=model.wte.weight.dtype, device=device)
     values = torch.zeros_like(keys)
 
-    # The first call reads the prompts, padded on the right. A row's padding is overwritten by its
-    # answer before any of the answer's tokens can see it. With prompts of 2 and 4 tokens, the first
-    # call fills the places 0 to 3 of both rows. The next call reads row 0's new token at place 2,
-    # which sees the places 0 to 2 alone, and row 1's at place 4.
+    # The first call reads the prompts, padded on the right. The later calls read one token of each
+    # row. With prompts a b and c d e f, and x for padding, the cache then holds
+    #
+    #     place                 0 1 2 3 4 5
+    #     after the first call  a b x x . .     c d e f . .
+    #     after the second      a b 1 x . .     c d e f 1 .
+    #     after the third       a b 1 2 . .     c d e f 1 2
+    #
+    # A token sees the places up to its own. So the answer's tokens never see padding: each takes
+    # the place of the padding that it would see.
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
     tokens = torch.tensor(padded, device=device)                            # (R, T)
     positions = torch.arange(longest, device=device).expand(len(prompts), -1)
@@ -315,7 +322,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     probabilities = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True)
-        likelier = ordered.cumsum(-1) - ordered        # the probability of all likelier tokens
+        up_to_here = ordered.cumsum(-1)                # of a token and all likelier ones
+        likelier = up_to_here - ordered                # of the likelier ones alone
         keep = likelier < top_p
         keep[:, 0] = True                              # the likeliest, whatever top_p is
         ordered = ordered.masked_fill(~keep, 0.0)
@@ -348,11 +356,13 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
     keys and values of this call's tokens are written into them, at their places.
     """
     q, k, v = attn.heads(attn.c_attn(x))                           # (R, H, T, D) each
-    place = positions[:, None, :, None]                            # (R, 1, T, 1)
-    keys.scatter_(2, place.expand_as(k), k.to(keys.dtype))         # keys[r, h, place] = k[r, h, t]
-    values.scatter_(2, place.expand_as(v), v.to(values.dtype))
+    row = torch.arange(len(positions), device=x.device)[:, None]   # (R, 1)
+    # For all r and t: keys[r, :, positions[r, t]] = k[r, :, t]. Indexed so, T stands before H.
+    keys[row, :, positions] = k.transpose(1, 2).to(keys.dtype)     # (R, T, H, D)
+    values[row, :, positions] = v.transpose(1, 2).to(values.dtype)
 
-    sees = torch.arange(keys.shape[2], device=x.device) <= place   # (R, 1, T, S)
+    places = torch.arange(keys.shape[2], device=x.device)          # (S,)
+    sees = places <= positions[:, None, :, None]                   # (R, 1, T, S)
     y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=sees)
     y = y.transpose(1, 2).flatten(2)                               # (R, T, C)
     return attn.c_proj(y)
@@ -361,8 +371,9 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
 # 3. Adapters ------------------------------------------------------------------------------------
 #
 # An adapter is an MLP as GPT-2 has it, only narrower. Houlsby et al. 2019 (arXiv:1902.00751) put
-# adapters behind each MLP; here they stand beside it (He et al. 2022, arXiv:2110.04366), so that
-# MLP and adapter can be merged into one MLP after training.
+# adapters behind each MLP. A parallel adapter stands beside it (He et al. 2022, arXiv:2110.04366),
+# so that MLP and adapter can be merged into one MLP after training. A replacing one takes its
+# place.
 
 ADAPTERS = ("parallel", "replace", "none")
 ADAPTER_INITS = ("scratch", "pretrained")
@@ -385,8 +396,7 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
     """Give every block an adapter of `width` neurons. Changes the model, and returns it.
 
     "parallel": an adapter beside each MLP. Its last layer is 0 at first, so that the model computes
-    exactly what it did. The adapters alone train. The first update changes only their last layers,
-    as no gradient flows back through a layer of zeros.
+    exactly what it did. The adapters alone train.
     "replace": an adapter in the place of each MLP, either random (init "scratch") or made of the
     MLP's own strongest neurons (init "pretrained"). All weights train.
     "none": no adapter. All weights train.
@@ -590,7 +600,7 @@ def read_weights(file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a safetensors file. Raises an error, of any kind, if it is not of this
-    form. (The format has no sum that would show a changed number.)
+    form. (The format has no checksum: a changed number goes unnoticed.)
 
     The format has three parts:
 
@@ -612,7 +622,8 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 raise ValueError(f"{name:.99} has the shape {shape} at bytes {start} to {stop}, "
                                  f"expected it to begin at {end} and to fit")
             tensor = torch.empty(shape, dtype=dtype)
-            file.readinto(tensor.view(-1).view(torch.uint8).numpy())  # its memory, as bytes
+            its_bytes = tensor.view(-1).view(torch.uint8).numpy()      # the same memory
+            file.readinto(its_bytes)
             yield name, tensor
             end = stop
     if end != data_size:

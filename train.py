@@ -78,9 +78,9 @@ class Config:
                                     "has files of its own for that")
 
     # What trains
-    adapter: str = option("parallel", "parallel: a small MLP beside each MLP, which alone trains "
-                                      "in DPO; replace: one in its place; none: train all weights",
-                          ADAPTERS)
+    adapter: str = option("parallel", "parallel: a small MLP beside each MLP; only the small ones "
+                                      "train in DPO; replace: a small one in the place of each; "
+                                      "none: no adapters, all weights train", ADAPTERS)
     adapter_width: int = option(64, "neurons of an adapter")
     adapter_init: str = option("scratch", "what a replacing adapter starts from: random weights, "
                                           "or the old MLP's strongest neurons", ADAPTER_INITS)
@@ -158,12 +158,12 @@ class Machine(NamedTuple):
     """What a run computes on."""
     device: torch.device
     dtype: torch.dtype         # of matrix products; weights, sums and optimizer are float32
-    grids: int                 # so many grids have attention's rows: see data.pack
+    grid_count: int            # so many grids have attention's rows: see data.pack
     piece: int                 # so many predictions have logits at a time: see dpo.packed_logps
 
 
 class Run(NamedTuple):
-    """A run's folder, as far as it is open."""
+    """A run's folder, locked for this process."""
     folder: Path
     metrics: BinaryIO          # metrics.jsonl, a JSON object a line
     saved: dict                # what save_last wrote, if the run is resumed; else empty
@@ -190,9 +190,9 @@ def train(config: Config) -> int:
 
     def dpo_loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
         logps = logps_of(model, batch)
-        metrics = dpo.dpo_metrics(logps, batch.reference, config.beta)
-        # dpo_metrics has the loss of equation 7. Another one takes its place, the metrics stay.
-        if config.loss != "sigmoid" or config.label_smoothing > 0:
+        metrics = dpo.dpo_metrics(logps, batch.reference, config.beta)     # with equation 7's loss
+        uses_equation_7 = config.loss == "sigmoid" and config.label_smoothing == 0
+        if not uses_equation_7:
             metrics["loss"] = dpo.variant_loss(logps, batch.reference, batch.response_lengths,
                                                config.beta, config.loss, config.label_smoothing)
         if config.sft_coef > 0:
@@ -203,8 +203,7 @@ def train(config: Config) -> int:
         return metrics
 
     # SFT: all weights learn to write like the chosen answers. With 0 epochs the model is only
-    # validated, and saved. If DPO is resumed, SFT was done before the stop. (A run that is killed
-    # between SFT and DPO resumes SFT at its end: it makes the last validation once more.)
+    # validated, and saved. If the run was stopped in DPO, SFT was done before.
     if not resumes_dpo:
         if config.adapter == "replace":                # now: the reference has it, too
             add_adapters(model, "replace", config.adapter_width, config.adapter_init)
@@ -227,9 +226,9 @@ def train(config: Config) -> int:
                                  math.ceil(len(pairs) / config.micro_pairs), "batches")
             reference[name] = dpo.reference_logps(logps_of, model, batches, len(pairs))
 
-    # The policy begins as its reference. Check it, with the first batch that the reference had:
-    # eval_batches gives the same ones at each call. (In a resumed DPO, too: the trained weights are
-    # loaded later, by fit.)
+    # The policy begins as its reference. Check it, with the first batch that the reference had, of
+    # the shortest pairs: eval_batches gives the same batches at each call. (This holds when DPO is
+    # resumed, too: not before fit do the trained adapters take the place of these new ones.)
     if config.adapter != "replace":                    # which was added before SFT
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference["train"]))
@@ -254,7 +253,7 @@ def train(config: Config) -> int:
     accuracy = test["rewards/accuracies"]
     low, high = dpo.wilson_interval(accuracy, count)
     test |= {"pairs": count, "accuracy_low": low, "accuracy_high": high}
-    # On the screen: the update that made the best weights, of all that were made.
+    # The step of this line is that of the weights that are tested, not of the last update.
     log(run, "test", "dpo", step=state.best_step, total_steps=state.step, metrics=test)
     print(f"result {run.folder / 'best'} | test accuracy {accuracy:.3f}, 95% interval {low:.3f} to "
           f"{high:.3f}, on {count} pairs")
@@ -317,7 +316,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     val_every = max(1, math.ceil(total_steps / config.vals))
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)   # its lr is set below
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     state = State()
     if run.saved.get("stage") == stage:
@@ -328,7 +327,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
 
     updates = data.batches(splits["train"], config.batch_pairs, config.micro_pairs, config.seed,
                            start=state.step, reference=reference.get("train"), sides=sides,
-                           grids=machine.grids)
+                           grid_count=machine.grid_count)
     first_step = state.step                            # of this process
     started = time.perf_counter()
     tokens = 0                                         # read in updates since the last log line
@@ -338,7 +337,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         # Validation: before the first update, every val_every updates, and after the last. With 12
         # updates and val_every 4, V for a validation and u for an update: V uuuu V uuuu V uuuu V.
         # Save first: a run that is killed in a validation then makes that validation once more,
-        # from the same weights, and it counts only once for patience.
+        # from the same weights, and it counts only once for patience. (So a run that is killed
+        # between SFT and DPO makes SFT's last validation once more.)
         step = state.step
         if step % val_every == 0 or step == total_steps:
             save_last(run, stage, model, optimizer, scaler, reference, state)
@@ -386,7 +386,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         if state.step % config.log_every == 0 or state.step == total_steps:
             seconds_per_step = (time.perf_counter() - started) / (state.step - first_step)
             line = mean_metrics(state.window)
-            line["skipped"] = state.skipped
+            line["skipped"] = state.skipped            # of the run, not of the window
             line["tokens_per_second"] = tokens / seconds
             line["seconds_left"] = seconds_per_step * (total_steps - state.step)
             log(run, "train", stage, state.step, total_steps, line)
@@ -432,8 +432,8 @@ def choose_machine(config: Config) -> Machine:
     # calls, gets few large ones; a piece of 8,192 predictions, whose logits fill 1.6 GB, holds most
     # batches. A CPU gets many small ones, with less padding and less memory.
     if device.type == "cpu":
-        return Machine(device, dtype, grids=8, piece=128)
-    return Machine(device, dtype, grids=1, piece=8192)
+        return Machine(device, dtype, grid_count=8, piece=128)
+    return Machine(device, dtype, grid_count=1, piece=8192)
 
 
 def load_model(config: Config, machine: Machine) -> tuple[GPT2, tiktoken.Encoding]:
@@ -517,7 +517,7 @@ def eval_batches(pairs: list[data.TokenPair], config: Config, machine: Machine,
 
     For validation, the reference, and the test.
     """
-    for batch in data.by_length(pairs, config.micro_pairs, reference, sides, machine.grids):
+    for batch in data.by_length(pairs, config.micro_pairs, reference, sides, machine.grid_count):
         yield batch.to(machine.device)
 
 

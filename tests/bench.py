@@ -93,7 +93,7 @@ def ours(job: dict, batches: list[list[data.TokenPair]], device: str) -> list:
     """Seconds and loss of each batch's update, with the ideas that the job names."""
     ideas = job["ideas"]
     machine = train.choose_machine(train.Config(dtype=job["dtype"]))
-    grids = job.get("grids", machine.grids)
+    grids = job.get("grids", machine.grid_count)
     logps_function = all_logits
     if "packed" in ideas:
         logps_function = dpo.packed_logps
@@ -126,7 +126,7 @@ def ours(job: dict, batches: list[list[data.TokenPair]], device: str) -> list:
                       batch: data.PackedBatch | data.PaddedBatch) -> dict[str, torch.Tensor]:
         policy = logps_of(model, batch)
         if "reference" in ideas:
-            before = reference[:, batch.numbers].flatten()
+            before = reference[:, batch.indices].flatten()
         else:
             before = logps_of(frozen, batch)
         return dpo.dpo_metrics(policy, before, BETA)

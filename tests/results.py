@@ -136,7 +136,7 @@ def logps_of(path: Path, pairs: list[data.Pair]) -> tuple[torch.Tensor, torch.Te
     model = judge.load(path)
     tokens, _ = data.tokenize(pairs, data.encoding_of(demo=False), 512, 256)
     assert len(tokens) == len(pairs)
-    batches = data.by_length(tokens, 32, grids=8)
+    batches = data.by_length(tokens, 32, grid_count=8)
     with torch.no_grad():
         logps = dpo.reference_logps(lambda model, batch: dpo.packed_logps(model, batch), model,
                                     batches, len(tokens))

@@ -473,7 +473,7 @@ def test_a_worked_batch():
     assert batch.targets.tolist() == [20, 21, END, 40, 30, END, 41, 42]
     assert batch.owner.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
     assert batch.response_lengths.tolist() == [3, 1, 2, 2]
-    assert batch.numbers.tolist() == [7, 3]
+    assert batch.indices.tolist() == [7, 3]
 
     [grid] = batch.grids  # a row for each response, 0 for padding
     assert grid.tolist() == [[0, 1, 2, 3], [5, 0, 0, 0], [0, 1, 4, 0], [5, 6, 0, 0]]
@@ -484,7 +484,7 @@ def test_a_worked_batch():
 
 
 def test_a_worked_batch_of_the_chosen_side_alone():
-    batch = pack(WORKED, [7, 3], sides=("chosen",), grids=2)
+    batch = pack(WORKED, [7, 3], sides=("chosen",), grid_count=2)
     assert batch.tokens.tolist() == [10, 11, 20, 21, 12]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0]
     assert [grid.tolist() for grid in batch.grids] == [[[4]], [[0, 1, 2, 3]]]
@@ -493,7 +493,7 @@ def test_a_worked_batch_of_the_chosen_side_alone():
     assert batch.targets.tolist() == [20, 21, END, 40]
     assert batch.owner.tolist() == [0, 0, 0, 1]
     assert batch.response_lengths.tolist() == [3, 1]
-    assert batch.numbers.tolist() == [7, 3]
+    assert batch.indices.tolist() == [7, 3]
 
 
 def test_a_worked_padded_batch():
@@ -505,10 +505,10 @@ def test_a_worked_padded_batch():
                                    [False, True, False, False, False],
                                    [False, False, True, True, False],
                                    [False, True, True, False, False]]
-    assert batch.numbers.tolist() == [7, 3]
+    assert batch.indices.tolist() == [7, 3]
     assert batch.mask.dtype == torch.bool
     of_array = data.pad(WORKED, np.array([7, 3], np.int32))
-    assert of_array.numbers.dtype == torch.int64
+    assert of_array.indices.dtype == torch.int64
 
 
 def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...]) -> None:
@@ -532,7 +532,7 @@ def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...
     expected = []  # (response, what it predicts, from which tokens)
     response_lengths = []
     read = 0
-    own_pairs = [pairs[i] for i in batch.numbers]
+    own_pairs = [pairs[i] for i in batch.indices]
     for side in sides:
         for pair in own_pairs:
             response = getattr(pair, side).tolist()
@@ -552,7 +552,7 @@ def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...
     assert len(tokens) == read + sum(len(pair.prompt) for pair in own_pairs)
 
     assert batch.reference.dtype == torch.float32
-    for tensor in [*batch.grids, *batch._replace(grids=batch.tokens, reference=batch.numbers)]:
+    for tensor in [*batch.grids, *batch._replace(grids=batch.tokens, reference=batch.indices)]:
         assert tensor.dtype == torch.int64
 
 
@@ -564,14 +564,14 @@ some_sides = st.sampled_from([("chosen", "rejected"), ("chosen",), ("rejected",)
 @settings(max_examples=150)
 def test_each_pair_can_be_read_back_from_a_batch_of_any_lengths(lengths, sides, grids):
     pairs = numbered(*lengths)
-    batch = pack(pairs, np.arange(len(pairs)), sides=sides, grids=grids)
+    batch = pack(pairs, np.arange(len(pairs)), sides=sides, grid_count=grids)
     check(batch, pairs, sides)
     assert len(batch.grids) == min(grids, len(sides) * len(pairs))
 
 
 def test_grids_hold_rows_of_like_length():
     """Rows of 4, 4, 8 and 40 tokens: in two grids 2 x 4 and 2 x 40 cells, instead of 4 x 40."""
-    batch = pack(numbered((3, 2, 38), (3, 2, 6)), [0, 1], grids=2)
+    batch = pack(numbered((3, 2, 38), (3, 2, 6)), [0, 1], grid_count=2)
     assert [tuple(grid.shape) for grid in batch.grids] == [(2, 4), (2, 40)]
 
 
@@ -584,7 +584,7 @@ def test_a_model_computes_the_same_on_a_packed_batch_as_on_each_row_alone(grids)
     pairs = []
     for lengths in ((3, 5, 2), (7, 1, 9), (1, 4, 4)):
         pairs.append(TokenPair(*[rng.integers(60, size=length) for length in lengths]))
-    batch = pack(pairs, np.arange(3), grids=grids)
+    batch = pack(pairs, np.arange(3), grid_count=grids)
     hidden = model.packed_hidden(batch.tokens, batch.positions, batch.grids, batch.cells)
     logits = model.logits(hidden[batch.predicts])
 
@@ -622,7 +622,7 @@ def test_a_reference_that_was_not_asked_is_nan():
 
 
 def test_a_batch_moves_with_all_its_parts():
-    batch = pack(WORKED, [7, 3], grids=2).to("meta")
+    batch = pack(WORKED, [7, 3], grid_count=2).to("meta")
     assert len(batch.grids) == 2
     for tensor in [*batch.grids, *batch._replace(grids=batch.tokens)]:
         assert tensor.is_meta
@@ -630,7 +630,7 @@ def test_a_batch_moves_with_all_its_parts():
 
 def test_a_batch_moves_by_plain_copies_that_wait(monkeypatch):
     """From unpinned memory, non_blocking=True silently gave wrong numbers on Apple GPUs."""
-    batch = pack(WORKED, [7, 3], grids=2)
+    batch = pack(WORKED, [7, 3], grid_count=2)
     calls = []
 
     def record(tensor, *args, **kwargs):
@@ -649,7 +649,7 @@ EQUAL = numbered(*[(2, 2, 2)] * 8)  # so that the order by length is the order o
 
 
 def numbers_of(micro_batches: list[data.PackedBatch]) -> list[list[int]]:
-    return [batch.numbers.tolist() for batch in micro_batches]
+    return [batch.indices.tolist() for batch in micro_batches]
 
 
 def updates(count: int, *args, **kwargs) -> list[list[list[int]]]:
@@ -704,7 +704,7 @@ def test_micro_batches_bring_their_own_pairs_reference():
     passes = list(by_length(EIGHT, 3, table))
     [update] = islice(batches(EIGHT, 8, 3, seed=0, reference=table), 1)
     for batch in passes + update:
-        assert batch.reference.tolist() == batch.numbers.tolist() + (batch.numbers + 8).tolist()
+        assert batch.reference.tolist() == batch.indices.tolist() + (batch.indices + 8).tolist()
 
 
 @given(lengths, st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 9),
@@ -715,15 +715,15 @@ def test_each_pair_comes_once_an_epoch(lengths, batch_pairs, micro_pairs, seed, 
     pairs = numbered(*lengths)
     per_epoch = math.ceil(len(pairs) / batch_pairs)
     shapes = {"batch_pairs": batch_pairs, "micro_pairs": micro_pairs, "seed": seed}
-    whole = list(islice(batches(pairs, sides=sides, grids=grids, **shapes), 2 * per_epoch))
+    whole = list(islice(batches(pairs, sides=sides, grid_count=grids, **shapes), 2 * per_epoch))
 
     pair_tokens = [sum(map(len, pair)) for pair in pairs]
     held = []  # the pairs of each update
     for micro_batches in whole:
         for batch in micro_batches:
             check(batch, pairs, sides)
-            assert len(batch.grids) == min(grids, len(sides) * len(batch.numbers))
-        sizes = [len(batch.numbers) for batch in micro_batches]
+            assert len(batch.grids) == min(grids, len(sides) * len(batch.indices))
+        sizes = [len(batch.indices) for batch in micro_batches]
         assert sizes[:-1] == [micro_pairs] * (len(sizes) - 1)
         assert 1 <= sizes[-1] <= micro_pairs
         numbers = joined(numbers_of(micro_batches))

@@ -285,7 +285,7 @@ def example_batch(number: int) -> SimpleNamespace:
     tokens[:, 5] = 7
     mask = torch.zeros(16, 9, dtype=torch.bool)
     mask[:, 4:6] = True
-    return SimpleNamespace(tokens=tokens, mask=mask, numbers=torch.arange(8) + 8 * number)
+    return SimpleNamespace(tokens=tokens, mask=mask, indices=torch.arange(8) + 8 * number)
 
 
 def test_the_example_in_the_docstring_trains_a_model_of_transformers():
@@ -323,7 +323,7 @@ def test_packed_logps_are_sequence_logps_with_their_gradients(model, grids, piec
     """In float64 to 1e-10. A gradient of another weight for each response shows mixed-up rows."""
     weights = torch.tensor([3.0, -1.0, 0.5, 2.0, 7.0, -2.0, 1.0, 4.0])
     plain = dpo.sequence_logps(model, *padded_rows(PAIRS, width=14))
-    packed = dpo.packed_logps(model, data.pack(PAIRS, NUMBERS, grids=grids), piece)
+    packed = dpo.packed_logps(model, data.pack(PAIRS, NUMBERS, grid_count=grids), piece)
     torch.testing.assert_close(packed, plain, rtol=1e-10, atol=0)
     assert close(gradients(model, (weights * packed).sum()),
                  gradients(model, (weights * plain).sum()), 1e-10)
@@ -393,7 +393,7 @@ def test_sft_reads_the_chosen_responses_alone(model):
 def test_neither_padding_nor_batch_mates_nor_order_matter(model, order, grids):
     """Rows in one grid are padded to the longest; alone in a grid they are not padded at all."""
     batch = data.pack(PAIRS, NUMBERS, REFERENCE)
-    other = data.pack([PAIRS[i] for i in order], order, REFERENCE, grids=grids)
+    other = data.pack([PAIRS[i] for i in order], order, REFERENCE, grid_count=grids)
     logps = dpo.packed_logps(model, batch)
     found = dpo.packed_logps(model, other)
     torch.testing.assert_close(found.view(2, 4), logps.view(2, 4)[:, order])
@@ -464,12 +464,12 @@ class Table(nn.Module):
 
 
 def table_batch(*numbers: int) -> SimpleNamespace:
-    return SimpleNamespace(numbers=torch.tensor(numbers))
+    return SimpleNamespace(indices=torch.tensor(numbers))
 
 
 def table_loss(model: Table, batch: SimpleNamespace) -> dict[str, Tensor]:
-    policy = model.logps[:, batch.numbers].flatten()
-    reference = REFERENCE_TABLE[:, batch.numbers].flatten()
+    policy = model.logps[:, batch.indices].flatten()
+    reference = REFERENCE_TABLE[:, batch.indices].flatten()
     return dpo.dpo_metrics(policy, reference, beta=0.5)
 
 
@@ -565,7 +565,7 @@ class Slope(nn.Module):
 
 
 def slope_batch(*x: float) -> SimpleNamespace:
-    return SimpleNamespace(x=torch.tensor(x), numbers=torch.arange(len(x)))
+    return SimpleNamespace(x=torch.tensor(x), indices=torch.arange(len(x)))
 
 
 def slope_loss(model: Slope, batch: SimpleNamespace) -> dict[str, Tensor]:
@@ -650,7 +650,7 @@ def test_a_loss_that_is_not_finite_makes_no_update():
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
 
     def hinge_of_nan(model: Table, batch: SimpleNamespace) -> dict[str, Tensor]:
-        policy = model.logps[:, batch.numbers].flatten()
+        policy = model.logps[:, batch.indices].flatten()
         reference = torch.full((4,), math.nan)
         lengths = torch.ones(4, dtype=torch.int64)
         return {"loss": dpo.variant_loss(policy, reference, lengths, 0.5, "hinge")}

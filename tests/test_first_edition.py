@@ -61,8 +61,8 @@ def checksum(parameters: list[Tensor]) -> tuple[int, float, float, float]:
 
 def shifted_start(model: GPT2, batch: data.PackedBatch) -> Tensor:
     """A reference (2B,) that differs from the policy, by up to 24 nats."""
-    chosen_shift = 12.0 * ((7 * batch.numbers) % 5 - 2)
-    rejected_shift = 12.0 * ((3 * batch.numbers) % 4 - 1)
+    chosen_shift = 12.0 * ((7 * batch.indices) % 5 - 2)
+    rejected_shift = 12.0 * ((3 * batch.indices) % 4 - 1)
     with torch.no_grad():
         return dpo.packed_logps(model, batch) + torch.cat([chosen_shift, rejected_shift])
 
@@ -84,7 +84,7 @@ def test_three_updates_have_the_numbers_of_the_first_edition(adapter):
         batch, = next(updates)
         batches.append(batch._replace(reference=shifted_start(model, batch)))
     assert len(pairs) == 2459
-    assert [batch.numbers.sum().item() for batch in batches] == FIRST_PAIR_NUMBERS
+    assert [batch.indices.sum().item() for batch in batches] == FIRST_PAIR_NUMBERS
 
     torch.manual_seed(1)
     add_adapters(model, adapter, width=64)

@@ -596,7 +596,7 @@ def test_no_pass_holds_more_pairs_than_micro_pairs(world, monkeypatch):
     sizes = []
 
     def packed_logps(model, batch, piece):
-        sizes.append(len(batch.numbers))
+        sizes.append(len(batch.indices))
         return real(model, batch, piece)
     monkeypatch.setattr(dpo, "packed_logps", packed_logps)
     bytes_as_tokens(monkeypatch)
