@@ -574,6 +574,28 @@ def test_what_the_format_allows_is_read(tmp_path):
         assert same(read(path), expected)
 
 
+def test_what_other_programs_ask_of_our_files(tmp_path):
+    """Data that begins at a multiple of 8 bytes, whose header says that it is torch's (older
+    transformers insist), and the settings that have an older name or tell the dtype."""
+    for n_inner in range(1, 9):                        # headers of several lengths
+        save_pretrained(GPT2(GPT2Config(1, 1, 2, 3, 5, n_inner)), tmp_path)
+        whole = (tmp_path / "model.safetensors").read_bytes()
+        header_size = int.from_bytes(whole[:8], "little")
+        assert header_size % 8 == 0
+    assert json.loads(whole[8:8 + header_size])["__metadata__"] == {"format": "pt"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["n_ctx"], config["dtype"]) == (3, "float32")
+
+
+def test_a_shape_of_eight_numbers_is_read_and_one_of_nine_is_not(tmp_path):
+    path = tmp_path / "shape.safetensors"
+    path.write_bytes(raw({"a": entry([1] * 8, 0, 4)}, bytes(4)))
+    assert read(path)["a"].shape == (1,) * 8
+    path.write_bytes(raw({"a": entry([1] * 9, 0, 4)}, bytes(4)))
+    with pytest.raises(ValueError):
+        read(path)
+
+
 def test_a_file_cut_anywhere_is_refused(tmp_path):
     """At each byte of the header, and at some of the data."""
     save_pretrained(GPT2(GPT2Config(1, 1, 2, 3, 5, 4)), tmp_path)
