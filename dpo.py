@@ -26,14 +26,14 @@ and indices (8,). The 8 rows with the chosen responses come first.
     def logps_of(model, batch):
         return sequence_logps(lambda tokens: model(tokens).logits, batch.tokens, batch.mask)
 
-    model.eval()                                        # dropout would be noise in the rewards
+    model.eval()              # no dropout, which would be noise in the rewards; it stays so
     reference = reference_logps(logps_of, model, batches, pair_count=8 * len(batches))
 
     def reference_of(batch):
         chosen, rejected = reference[:, batch.indices]  # (8,) each
         return torch.cat([chosen, rejected])            # (16,), as logps_of returns them
 
-    def loss_function(model, batch):                    # dpo_metrics calls dpo_loss
+    def loss_function(model, batch):                    # dpo_metrics halves both, for dpo_loss
         return dpo_metrics(logps_of(model, batch), reference_of(batch), beta=0.1)
 
     # The policy still is the reference. If its log-probabilities differ, something is wrong.

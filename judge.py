@@ -2,7 +2,7 @@
 
     python judge.py out --ask "How do I bake bread?"     the answers of each model
     python judge.py out --blind                          you are the judge
-    python judge.py out                                  Llama 2 is the judge, behind a server
+    python judge.py out                                  Llama 2 is the judge; a server runs it
 
 "out" is the folder that a run of train.py wrote.
 
@@ -11,8 +11,8 @@ DPO itself is in dpo.py and train.py. This file measures what came of it. Read f
 1. answers           the untuned model, the SFT model and the tuned model answer the same prompts
 2. ask               --ask shows the answers
 3. compare           which of two answers is better: a judge is asked in both orders
-4. win rate          from verdicts to a rate with its interval; --blind, where you are the judge
-5. Llama 2           a judge behind a server, whose verdicts are JSON by a schema
+4. win rate          from verdicts to a rate; --blind, where you are the judge
+5. Llama 2           a judge on a server, whose verdicts are JSON by a schema
 6. report            what one needs to know before one believes a rate
 7. files             answers and verdicts are kept
 8. the command line
@@ -28,6 +28,7 @@ import random
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,6 @@ from typing import NamedTuple
 import requests
 import tiktoken
 import torch
-from requests import adapters
 
 import data
 import dpo
@@ -66,19 +66,18 @@ class Sampling(NamedTuple):
     seed: int
 
 
-def models_of(folder: Path, options: dict, names: Iterable[str] = NAMES) -> dict[str, Path]:
+def models_of(folder: Path, options: dict, names: Iterable[str] = tuple(NAMES)) -> dict[str, Path]:
     """Where the weights of the models in `names` are. folder, options: those of the run.
 
     A run of `train.py --demo` begins with random weights, so it has no "untuned" model.
     """
     paths = {}
-    for name in names:
-        if name == "untuned" and not options["demo"]:
-            paths[name] = data.fetch_model(options["model"])
-        if name == "sft":
-            paths[name] = folder / "sft"
-        if name == "tuned":
-            paths[name] = folder / "best"              # of DPO, with the lowest validation loss
+    if "untuned" in names and not options["demo"]:
+        paths["untuned"] = data.fetch_model(options["model"])
+    if "sft" in names:
+        paths["sft"] = folder / "sft"
+    if "tuned" in names:
+        paths["tuned"] = folder / "best"               # of DPO, with the lowest validation loss
     for path in paths.values():
         model.find_weights(path)                       # an error before anything is computed
     return paths
@@ -98,11 +97,11 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     Sampling stops at end-of-text, at the next "\\n\\nHuman:", or at the limit; an answer's text is
     without that ending. A prompt that is too long loses its beginning, as in training.
     """
-    def asks_again(ids: list[int]) -> bool:            # ids: of the answer so far
-        # This is asked after each token, so HUMAN can only be new at the end. It has no more tokens
-        # than characters: so many of the last ones are enough. To decode all would be slow.
-        tail = encoding.decode(ids[-len(data.HUMAN):])
-        return data.HUMAN in tail
+    def asks_again(ids: list[int]) -> bool:
+        """Does the answer so far end with HUMAN, "\\n\\nHuman:"? Asked after each new token."""
+        # HUMAN has 8 characters, so 8 tokens at most. The last 8 are enough, and quick to decode.
+        last_ids = ids[-len(data.HUMAN):]
+        return data.HUMAN in encoding.decode(last_ids)
 
     # An answer gets at most half of the context, and the prompt at most what is left.
     max_tokens = min(sampling.max_tokens, gpt2.config.n_positions // 2)
@@ -137,18 +136,16 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
         # Own pairs come without a test file, so split holds a part out, by the hash of the prompt:
         # the same part that train.py held out, so none of these pairs was trained on.
         own_pairs, _ = data.read_pairs(options["pairs"])
-        no_test_file = []
-        splits, _ = data.split(own_pairs, no_test_file, options["val_share"],
-                               options["test_share"])
+        splits, _ = data.split(own_pairs, [], options["val_share"], options["test_share"])
         pairs = splits["test"]
     else:
         for path in data.fetch_hh(options["hh_dir"], options["subsets"].split(","), "test"):
             found, _ = data.read_pairs(path)
             pairs += found
-    pair_of_prompt = {pair.prompt: pair for pair in pairs}        # the last one of each prompt
+    pair_of_prompt = {pair.prompt: pair for pair in pairs}        # one pair of each prompt
     pairs = list(pair_of_prompt.values())
     order = data.shuffled(len(pairs), seed, epoch=0)
-    return [pairs[number] for number in order[:count]]
+    return [pairs[index] for index in order[:count]]
 
 
 BLOCK = 32                     # prompts that are sampled together
@@ -159,8 +156,7 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
     """The model's answers to the prompts: from the file, or sampled and added to the file.
 
     An answer in the file counts if it is of the same weights and was sampled with the same
-    settings. With which other prompts it stood in a block doesn't matter: it is a fair sample in
-    any case.
+    settings.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -170,38 +166,36 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
         if line["how"] == how:
             kept[line["prompt"]] = Answer(**line["answer"])
 
-    gpt2 = None
-    starts = range(0, len(prompts), BLOCK)
+    missing = [prompt for prompt in prompts if prompt not in kept]
+    if missing:
+        gpt2 = load(weights)
+    starts = range(0, len(missing), BLOCK)
     for start in data.track(starts, f"answers of {name}", len(starts), "blocks"):
-        block = prompts[start:start + BLOCK]
-        if all(prompt in kept for prompt in block):
-            continue
-        if gpt2 is None:
-            gpt2 = load(weights)
-        # A seed for each block: with one, all blocks would draw the same random numbers.
-        block_sampling = sampling._replace(seed=sampling.seed + start)
+        block = missing[start:start + BLOCK]
+        # Each block has a seed of its own. With one seed, all would draw the same random numbers.
+        block_sampling = sampling._replace(seed=sampling.seed + len(kept))
         answers = sample(gpt2, encoding, block, max_prompt_tokens, block_sampling)
         for prompt, answer in zip(block, answers, strict=True):
-            # An earlier call, with fewer prompts, may have had a part of this block: that stays.
-            if prompt in kept:
-                continue
             kept[prompt] = answer
             append_jsonl(path, {"how": how, "model": name, "prompt": prompt,
                                 "answer": answer._asdict()})
     return [kept[prompt] for prompt in prompts]
 
 
-def all_texts(folder: Path, options: dict, args: argparse.Namespace, names: Iterable[str] = NAMES
-              ) -> tuple[dict[str, list[str]], dict[str, list[Answer]]]:
+Texts = dict[str, list[str]]       # by "prompt", "chosen", "rejected" and the names of models
+
+
+def all_texts(folder: Path, options: dict, args: argparse.Namespace,
+              names: Iterable[str] = tuple(NAMES)) -> tuple[Texts, dict[str, list[Answer]]]:
     """Test prompts, the data's two answers to each, and the answers of the models in `names`.
 
-    Returns the texts, by "prompt", "chosen", "rejected" and the models' names; and the models'
-    answers, by name.
+    Returns the texts of all, and the models' answers by name. A prompt is one question:
+    data.read_pairs drops dialogues of several.
     """
     encoding = data.encoding_of(demo=False)            # a demo's run is only asked, never judged
     pairs = drawn_pairs(options, args.prompts, args.seed)
     questions = []
-    for pair in pairs:         # data.py has dropped dialogues of several questions
+    for pair in pairs:
         question = pair.prompt.removeprefix(data.HUMAN).removesuffix(data.ASSISTANT)
         questions.append(question.strip())
     texts = {
@@ -233,7 +227,7 @@ def ask(paths: dict[str, Path], encoding: tiktoken.Encoding, questions: list[str
         gpt2 = load(path)
         answers[name] = []
         # One by one, each from the same seed: so an answer doesn't depend on the other questions.
-        # They all use the same random numbers. Here that does no harm, as no mean is taken of them.
+        # (All draw the same random numbers. That would be wrong if we averaged over the answers.)
         for prompt in prompts:
             answers[name] += sample(gpt2, encoding, [prompt], max_prompt_tokens, sampling)
         del gpt2
@@ -326,7 +320,8 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     is random: a liking for a place cancels out over many prompts. The same seed and prompt give the
     same order.
     """
-    answer_is_a = random.Random(f"{seed} {prompt}").random() < 0.5
+    generator = random.Random(f"{seed} {prompt}")      # the same in each process
+    answer_is_a = generator.random() < 0.5
     if answer_is_a:
         a, b = answer, other
     else:
@@ -334,7 +329,7 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     print(f"\n{'-' * 70}\n{printable(prompt.strip())}")
     print(f"\n[a] {printable(a)}\n\n[b] {printable(b)}\n")
     while True:
-        try:                                           # not ask_for_line: here "" is a tie, no end
+        try:                                           # not ask_for_line: "" means a tie here
             key = input("Which is better? a, b, enter for a tie, q to stop: ").strip().lower()
         except EOFError:
             return None
@@ -343,10 +338,8 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
         if key == "":
             return 0.5
         if key in ("a", "b"):
-            preferred = {"a": a, "b": b}[key]
-            if preferred == answer:
-                return 1.0
-            return 0.0                                 # the two answers differ
+            prefers_answer = (key == "a") == answer_is_a
+            return 1.0 if prefers_answer else 0.0
 
 
 # 4. Win rate ------------------------------------------------------------------------------------
@@ -355,11 +348,8 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
 def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     """How often the answer is better: the mean score over prompts, and its 95% interval.
 
-    Verdicts that can't be read are counted as "unreadable", and left out of the rate. "rate", "low"
+    Verdicts without a score are counted as "unreadable", and left out of the rate. "rate", "low"
     and "high" are None without verdicts, and for a judge that was asked and could never be read.
-    Wilson's interval supposes scores of 0 or 1. Draws, of 1/2, make scores vary less, so the
-    interval is wider than it need be: by 1.4 times at a rate of 1/2, if half of the verdicts are
-    draws.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -376,10 +366,10 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
         "letter A": None,
     }
     # Say 3 pairs of answers are equal, and the judge can't be read on the other 97. The 3 draws
-    # would give a rate of 0.5, which nobody judged. (If all are equal, 0.5 is right: nobody need be
-    # asked.)
-    asked = [verdict for verdict in verdicts if verdict.letters]
-    never_read = len(asked) > 0 and all(verdict.score is None for verdict in asked)
+    # would give a rate of 0.5, which nobody judged. (Where no judge was asked, as by --blind, this
+    # can't happen: every verdict has a score.)
+    scores_of_judge = [verdict.score for verdict in verdicts if verdict.letters]
+    never_read = len(scores_of_judge) > 0 and set(scores_of_judge) == {None}
     if scores and not never_read:
         rate["rate"] = statistics.fmean(scores)
         rate["low"], rate["high"] = dpo.wilson_interval(rate["rate"], len(scores))
@@ -395,10 +385,10 @@ OFFENSIVE = ("hh-rlhf holds offensive text, and answers to it may be offensive, 
 def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None:
     """Let the person at the terminal compare, and print the rate."""
     print(f"{OFFENSIVE}\n", flush=True)
-    models = ["tuned"]
+    names = ["tuned"]
     if args.against != "chosen":                       # those answers are in the data
-        models.append(args.against)
-    texts, _ = all_texts(folder, options, args, models)
+        names.append(args.against)
+    texts, _ = all_texts(folder, options, args, names)
     path = folder / "judge" / "blind.jsonl"
     kept = {}
     for line in read_jsonl(path, "prompt", "tuned", "other", "score"):
@@ -432,9 +422,8 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
 #
 # Any server that speaks OpenAI's chat completions will do: Ollama, llama.cpp's server,
 # llama-cpp-python, vLLM. Each can be given a JSON schema. The server then lets the model choose
-# only tokens that fit the schema. So a verdict is read by json.loads. Searching for it in prose
-# goes wrong: who searches for "A is more" finds it in "Reply A is more harmful", which is a vote
-# for B.
+# only tokens that fit the schema. So a verdict is read by json.loads. To search for it in prose
+# goes wrong: a search for "A is more" also finds "Reply A is more harmful", which is a vote for B.
 #
 # Llama 2 likes to decline. So the question says that harmful messages may be judged.
 
@@ -460,7 +449,8 @@ LETTER = {"type": "string", "enum": ["A", "B"]}
 REASON = {"type": "string"}
 
 REFUSED = (400, 413, 422)      # this question is too long or malformed; others may be answered
-PASSING = (408, 425, 429, 502, 503, 504)       # a server that is busy, loading, or restarting
+BUSY = (408, 425, 429, 502, 503, 504)          # busy, loading or restarting: ask again
+TRIES = 7                      # of a question, while the server is busy
 ADVICE = {
     401: "set JUDGE_API_KEY",
     403: "set JUDGE_API_KEY",
@@ -471,10 +461,11 @@ ADVICE = {
 
 
 class Judge:
-    """A model behind a server. Call it as judge(prompt, a, b): "A", "B", or None if unreadable.
+    """A model on a server. Call it as judge(prompt, a, b): "A", "B", or None if unreadable.
 
-    What it answers is kept in a file, so the same two replies are not compared again. Raises
-    OSError, with one line to show, when the server is away, or still fails after some tries.
+    What it answers is kept in a file, under the whole question, so the same question is not asked
+    again. Raises OSError, with one line to show, when the server is away or stays busy, and for a
+    fault that does not pass.
     """
 
     def __init__(self, url: str, name: str, explain: bool, path: Path):
@@ -504,19 +495,6 @@ class Judge:
         self.session = requests.Session()
         if self.key:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
-        # After an answer with a status of PASSING, ask again, up to 6 times: after 0, 2, 4, 8, 16
-        # and 32 seconds (urllib3 doubles backoff_factor; the first wait is 0), or when Retry-After
-        # says. Not where the server is away, and not after our own time-out: the server would still
-        # be computing.
-        again = adapters.Retry(
-            total=6, connect=0, read=0, other=0,
-            status_forcelist=PASSING,
-            allowed_methods=None,                      # all methods: POST, too
-            backoff_factor=1.0,
-            raise_on_status=False,                     # after the last try, return the answer
-        )
-        self.session.mount("http://", adapters.HTTPAdapter(max_retries=again))
-        self.session.mount("https://", adapters.HTTPAdapter(max_retries=again))
 
     def choose_format(self) -> None:
         """Ask a fixed question: is the server there, and which dialect does it know?"""
@@ -531,13 +509,14 @@ class Judge:
         if line["letter"] is None:
             raise OSError(
                 f"{self.url}: the judge answered {line['text'][:200]!r}, expected JSON like "
-                f"{FORM}: the server seems to ignore response_format. Known to have it: Ollama "
-                f"from 0.5 on, llama.cpp's server since March 2025, vLLM after 0.6.3, "
+                f"{FORM}. If it isn't cut off, the server ignores response_format. Known to have "
+                f"it: Ollama from 0.5 on, llama.cpp's server since March 2025, vLLM after 0.6.3, "
                 f"llama-cpp-python 0.3")
 
     def question_of(self, prompt: str, a: str, b: str) -> str:
         """The question as the judge reads it."""
         form = FORM_WITH_REASON if self.explain else FORM
+        # (format leaves braces alone in what it puts in.)
         return QUESTION.format(prompt=without_marks(prompt), a=without_marks(a),
                                b=without_marks(b), form=form)
 
@@ -553,12 +532,13 @@ class Judge:
         if response.status_code != 200:
             raise self.fault(response)
         line = self.read(response, question)
+        # Kept even if it can't be read: at temperature 0 the judge would say the same again.
         self.answered[question] = line
         append_jsonl(self.path, line)
         return line["letter"]
 
     def post(self, question: str) -> requests.Response:
-        """Ask one question, at temperature 0."""
+        """Ask one question, at temperature 0; while the server is busy, again and again."""
         body = {
             "model": self.name,
             "messages": [{"role": "user", "content": question}],
@@ -567,13 +547,20 @@ class Judge:
             "max_tokens": 256 if self.explain else 32, # a sentence of reasons, or the letter alone
             "response_format": self.format,
         }
-        try:
-            return self.session.post(self.url, json=body, timeout=(10, 300))  # to connect, to read
-        except requests.RequestException as error:
-            raise OSError(
-                f"{self.url}: no answer ({type(error).__name__}): start a server, as by `ollama "
-                f"serve` and `ollama pull {self.name}`, or name another --url; verdicts are "
-                f"kept") from None
+        for failures in range(1, TRIES + 1):
+            try:
+                response = self.session.post(self.url, json=body, timeout=(10, 300))
+            except requests.RequestException as error:
+                raise OSError(
+                    f"{self.url}: no answer ({type(error).__name__}): start a server, as by "
+                    f"`ollama serve` and `ollama pull {self.name}`, or name another --url; "
+                    f"verdicts are kept") from None
+            if response.status_code not in BUSY or failures == TRIES:
+                return response
+            # What the server says; or 1 second, then 2, 4, 8, 16 and 32.
+            wait = data.seconds_to_wait(response, failures - 1)
+            print(f"{self.url}: busy ({response.status_code}); again in {wait:.0f} s", flush=True)
+            time.sleep(wait)
 
     def read(self, response: requests.Response, question: str) -> dict:
         """What is kept of an answer. OSError if it is no chat completion."""
@@ -583,7 +570,8 @@ class Judge:
             text = choice["message"]["content"] or ""
             letter = read_letter(text)
             usage = body.get("usage") or {}
-            prompt_tokens = usage.get("prompt_tokens") or 0                 # 0: not told
+            prompt_tokens = usage.get("prompt_tokens") or 0
+            tokens_are_told = prompt_tokens > 0
         except (ValueError, LookupError, TypeError, AttributeError):
             raise OSError(f"{self.url}: the answer is no chat completion: "
                           f"{self.error_text(response)}: see whether --url is right") from None
@@ -595,10 +583,10 @@ class Judge:
             "question": question,
             "text": text,
             "letter": letter,
-            # No token of Llama 2's is two words. So fewer tokens than words mean that the server
-            # has cut the question, as some do where the context is too short. Small cuts don't
-            # show.
-            "cut": 0 < prompt_tokens < len(question.split()),
+            # A token is hardly ever longer than a word. So fewer tokens than words mean that the
+            # server has cut the question, as some do where the context is too short. Small cuts
+            # don't show.
+            "cut": tokens_are_told and prompt_tokens < len(question.split()),
         }
 
     def fault(self, response: requests.Response) -> OSError:
@@ -647,13 +635,16 @@ def read_letter(text: str) -> str | None:
     return None
 
 
+MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")    # of Llama 2's chat template
+
+
 def without_marks(text: str) -> str:
     """The text without the marks of Llama 2's chat template, by which a reply could end a question.
 
-    They are [INST] [/INST] <<SYS>> <</SYS>> <s> </s>. A lone surrogate, half a character as JSON
-    may hold it, becomes "?": some servers refuse it.
+    A lone surrogate, half a character as JSON may hold it, becomes "?": some servers refuse it.
     """
-    text = re.sub(r"(?i)\[/?INST\]|<</?SYS>>|</?s>", " ", text)
+    for mark in MARKS:
+        text = re.sub(re.escape(mark), " ", text, flags=re.IGNORECASE)
     return text.encode("utf-8", "replace").decode().strip()
 
 
@@ -744,18 +735,20 @@ def describe(answers: list[str]) -> dict[str, float]:
 def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
     """log p(answer | prompt) in nats: the sum over all tokens of the answer, as it was sampled."""
     tokens = torch.tensor([answer.prompt_ids + answer.ids], device=gpt2.wte.weight.device)
+    # True on the answer's own tokens. (sequence_logps knows that each is predicted one place
+    # before: nothing needs to be shifted here.)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    mask[0, len(answer.prompt_ids):] = True            # the answer's own tokens
+    mask[0, len(answer.prompt_ids):] = True
     return dpo.sequence_logps(gpt2, tokens, mask).item()
 
 
 def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
-    """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text.
+    """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text: "3.21 +- 0.40".
 
-    The KL is the mean of log p_tuned(answer) - log p_sft(answer) over the tuned model's own
-    answers. So these must be sampled from p_tuned itself: at temperature 1 and top_p 1. (Times
-    beta, this difference is DPO's implicit reward.) The KL grows with the length to which answers
-    are cut, as each token adds its part. A single answer gives no interval.
+    It is estimated by the mean of log_ratio = log p_tuned(answer) - log p_sft(answer) over answers
+    of the tuned model. These must be sampled from p_tuned itself: at temperature 1 and top_p 1.
+    (beta * log_ratio is DPO's implicit reward.) The KL grows with the length to which answers are
+    cut, as each token adds its part. A single answer gives no interval.
     """
     logps = {}
     for name in ("tuned", "sft"):
@@ -815,59 +808,6 @@ def examples(texts: dict[str, list[str]], count: int = 10) -> list[str]:
     return blocks
 
 
-def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
-    """Let the judge compare, and write judge/report.md in the run's folder."""
-    judge = Judge(args.url, args.judge, args.explain, folder / "judge" / "verdicts.jsonl")
-    judge.choose_format()                              # before the long work
-    texts, answers = all_texts(folder, options, args)
-    verdicts = {}
-    for name, other in COMPARISONS:
-        verdicts[name, other] = []
-        triples = zip(texts["prompt"], texts[name], texts[other], strict=True)
-        for prompt, answer, other_answer in data.track(triples, f"{name} against {other}",
-                                                       len(texts["prompt"]), "prompts"):
-            verdicts[name, other].append(compare(judge, prompt, answer, other_answer))
-
-    rates = {}
-    rows = []
-    for (name, other), given in verdicts.items():
-        rates[name, other] = win_rate(given)
-        longer = longer_won(given, texts[name], texts[other])
-        rows.append(rate_row(f"{name} against {other}", rates[name, other], longer))
-    if all(rate["rate"] is None for rate in rates.values()):
-        why = judge.refusals[0] if judge.refusals else f"see {judge.path}"
-        raise ValueError(f"no verdict of {args.judge} can be read, so there are no rates: {why}; "
-                         f"take another judge")
-
-    blocks = [f"{args.judge} at temperature 0 compares answers to {len(texts['prompt'])} test "
-              f"prompts of {folder}. A rate is how often the first is better; a draw counts half. "
-              f"Its interval says how far other prompts may move it, and nothing of the judge's "
-              f"errors.", table(RATE_HEADER, rows)]
-    for doubt in doubts(rates["chosen", "rejected"], list(rates.values())):
-        blocks.append(f"DON'T TRUST these rates: {doubt}.")
-    blocks += notes(judge)
-
-    rows = []
-    for name in ("chosen", "rejected", *answers):
-        about = describe(texts[name])
-        ended = None
-        kl = None
-        if name in answers:
-            ends = [answer.end for answer in answers[name]]
-            ended = ends.count("end-of-text") / len(ends)
-        if name == "tuned" and args.temperature == 1 and args.top_p == 1:
-            kl = kl_to_sft(models_of(folder, options), answers["tuned"])
-        rows.append([name, about["words"], about["distinct-1"], about["distinct-2"], ended, kl])
-    header = ["", "words", "distinct-1", "distinct-2", "ended with end-of-text", "KL to SFT, nats"]
-    blocks.append(table(header, rows))
-
-    print("\n" + "\n\n".join(blocks))
-    path = folder / "judge" / "report.md"
-    text = "\n\n".join(blocks + examples(texts)) + "\n"
-    model.write_whole(path, [text.encode("utf-8", "replace")])
-    print(f"\nreport {path}")
-
-
 def notes(judge: Judge) -> list[str]:
     """What else the reader should know: from all answers that are kept, and this run's refusals."""
     lines = list(judge.answered.values())
@@ -887,23 +827,77 @@ def notes(judge: Judge) -> list[str]:
     return found
 
 
+def answers_table(folder: Path, options: dict, args: argparse.Namespace, texts: Texts,
+                  answers: dict[str, list[Answer]]) -> str:
+    """What the answers show without a judge: a row for the data's, and for each model's."""
+    # Only fair samples of the tuned model tell its KL.
+    kl_of = {}
+    if args.temperature == 1 and args.top_p == 1:
+        kl_of["tuned"] = kl_to_sft(models_of(folder, options), answers["tuned"])
+
+    rows = []
+    for name in ("chosen", "rejected", *answers):
+        about = describe(texts[name])
+        ended = None
+        if name in answers:
+            ends = [answer.end for answer in answers[name]]
+            ended = ends.count("end-of-text") / len(ends)
+        rows.append([name, about["words"], about["distinct-1"], about["distinct-2"], ended,
+                     kl_of.get(name)])
+    header = ["", "words", "distinct-1", "distinct-2", "ended with end-of-text", "KL to SFT, nats"]
+    return table(header, rows)
+
+
+def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
+    """Let the judge compare, and write judge/report.md in the run's folder."""
+    judge = Judge(args.url, args.judge, args.explain, folder / "judge" / "verdicts.jsonl")
+    judge.choose_format()                              # before the long work
+    texts, answers = all_texts(folder, options, args)
+    rates = {}
+    rows = []
+    for name, other in COMPARISONS:
+        verdicts = []
+        triples = zip(texts["prompt"], texts[name], texts[other], strict=True)
+        for triple in data.track(triples, f"{name} against {other}", len(texts["prompt"]),
+                                 "prompts"):
+            verdicts.append(compare(judge, *triple))
+        rates[name, other] = win_rate(verdicts)
+        longer = longer_won(verdicts, texts[name], texts[other])
+        rows.append(rate_row(f"{name} against {other}", rates[name, other], longer))
+    if all(rate["rate"] is None for rate in rates.values()):
+        why = judge.refusals[0] if judge.refusals else f"see {judge.path}"
+        raise ValueError(f"no verdict of {args.judge} can be read, so there are no rates: {why}; "
+                         f"take another judge")
+
+    blocks = [f"{args.judge} at temperature 0 compares answers to {len(texts['prompt'])} test "
+              f"prompts of {folder}. A rate is how often the first is better; a draw counts half. "
+              f"Its interval says how far other prompts may move it, and nothing of the judge's "
+              f"errors.", table(RATE_HEADER, rows)]
+    for doubt in doubts(rates["chosen", "rejected"], list(rates.values())):
+        blocks.append(f"DON'T TRUST these rates: {doubt}.")
+    blocks += notes(judge)
+    blocks.append(answers_table(folder, options, args, texts, answers))
+
+    print("\n" + "\n\n".join(blocks))
+    path = folder / "judge" / "report.md"
+    text = "\n\n".join(blocks + examples(texts)) + "\n"
+    model.write_whole(path, [text.encode("utf-8", "replace")])    # "replace": of half characters
+    print(f"\nreport {path}")
+
+
 # 7. Files ----------------------------------------------------------------------------------------
 
 
 def read_jsonl(path: Path, *names: str) -> list[dict]:
     """The objects in a JSONL file; none if there is no file.
 
-    A last line without an end, as a kill leaves it, is removed from the file, so that the next line
-    begins afresh. ValueError for a line that is no object with these names.
+    ValueError for a line that is no object with these names.
     """
     if not path.exists():
         return []
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1                     # of the last whole line; 0 if there is none
-    if end < len(content):
-        os.truncate(path, end)
+    remove_half_line(path)
     lines = []
-    for number, text in enumerate(content[:end].splitlines(), 1):
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
             line = json.loads(text)
         except ValueError:
@@ -914,6 +908,15 @@ def read_jsonl(path: Path, *names: str) -> list[dict]:
                              f"another edition of this code wrote it")
         lines.append(line)
     return lines
+
+
+def remove_half_line(path: Path) -> None:
+    """Take from the file a last line without an end, as a kill leaves it: the next begins afresh.
+    """
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1                     # of the last whole line; 0 if there is none
+    if end < len(content):
+        os.truncate(path, end)
 
 
 def append_jsonl(path: Path, line: dict) -> None:
@@ -1000,7 +1003,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 2 for an error that its user can mend, 130 for Ctrl-C."""
+    """The exit code: 0, 2 for an error, which is one line on stderr, 130 for Ctrl-C."""
     try:
         run(parse(argv))
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import copy
 import inspect
 import math
 import random
+import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -613,6 +614,27 @@ def test_a_long_gradient_is_clipped_and_its_own_norm_told():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     dpo.train_step(model, [slope_batch(3.0, 5.0)], optimizer, slope_loss)
     assert model.w.item() == pytest.approx(-1.0, rel=1e-5)
+
+
+def test_one_update_is_the_five_lines_of_its_docstring():
+    """Bit for bit, with one micro-batch, and a gradient that is shortened."""
+    start = dpo.train_step.__doc__.index("        loss = ")
+    block = textwrap.dedent(dpo.train_step.__doc__[start:].split("\n\n")[0])
+    assert len(block.strip().splitlines()) == 5
+    batch = slope_batch(3.0, 5.0)
+    model = Slope()
+    plain = Slope()
+    for trained in (model, plain):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=1.0, momentum=0.5)
+        for _ in range(3):
+            if trained is plain:
+                exec(block, {"loss_function": slope_loss, "model": plain, "batch": batch,
+                             "optimizer": optimizer, "max_norm": 0.5, "nn": torch.nn})
+            else:
+                dpo.train_step(model, [batch], optimizer, slope_loss, max_norm=0.5)
+    assert model.w.item() == plain.w.item() == pytest.approx(-0.5 - 0.75 - 0.875, rel=1e-5)
+    assert model.w.grad is None and plain.w.grad is None
+
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

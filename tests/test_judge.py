@@ -209,7 +209,7 @@ def parts(question: str) -> tuple[str, str, str]:
 @pytest.fixture
 def serve(monkeypatch):
     """Starts servers."""
-    monkeypatch.setattr(judge.adapters.Retry, "get_backoff_time", lambda self: 0)
+    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
     servers = []
 
@@ -336,7 +336,7 @@ def test_a_server_that_ignores_the_schema_is_refused_before_the_long_work(run, s
     server = serve("old")
     assert run.judge(server) == 2
     error = capsys.readouterr().err
-    for words in ("ignore response_format", "Ollama", "0.5", "I think that reply A"):
+    for words in ("ignores response_format", "Ollama", "0.5", "I think that reply A"):
         assert words in error
     assert error.count("\n") == 1
     assert len(server.asked) == 1
@@ -532,10 +532,17 @@ def test_a_server_that_never_answers(run, serve, capsys, monkeypatch):
     assert waits == [(10, 300)]
 
 
-def test_a_time_out_is_not_asked_again(serve, tmp_path):
-    asking = judge.Judge(serve().url, "llama2", False, tmp_path / "verdicts.jsonl")
-    retries = asking.session.get_adapter(asking.url).max_retries
-    assert (retries.read, retries.connect, retries.total) == (0, 0, 6)
+def test_a_busy_server_is_asked_again_after_as_long_as_it_says(serve, tmp_path, monkeypatch):
+    """Or after 1, 2, 4, ... seconds, where it says nothing."""
+    waits = []
+    server = serve()
+    monkeypatch.setattr(judge.time, "sleep", waits.append)
+    headers = {1: {"Retry-After": "7"}}
+    server.interrupt = lambda number: (503, "busy", headers.get(number, {}))
+    asking = judge.Judge(server.url, "llama2", False, tmp_path / "verdicts.jsonl")
+    with pytest.raises(OSError, match="the answer was 503"):
+        asking("Hi", "Hello", "Go away")
+    assert waits == [1, 7, 4, 8, 16, 32]
 
 
 @pytest.mark.parametrize(("status", "body", "shown"), [
@@ -552,7 +559,7 @@ def test_a_fault_that_lasts_is_one_line_in_each_of_the_forms(status, body, shown
     error = fails(run, server, capsys)
     assert f"the answer was {status}: " in error
     assert shown in error
-    again = status in judge.PASSING
+    again = status in judge.BUSY
     assert len(server.asked) == (7 if again else 1)
 
 

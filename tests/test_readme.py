@@ -151,9 +151,9 @@ def test_the_real_pairs_are_those_of_runs_csv():
     longer = {line["fold"]: line["scores"] for line in lines if line["row"] == "the longer answer"}
     scores = "".join(longer[fold] for fold in folds)
     on_one_line = " ".join(README.split())
-    assert f"[{len(scores):,} real pairs]" in on_one_line
+    assert f"[{len(scores):,} unseen real pairs]" in on_one_line
     assert results.with_interval(scores) in on_one_line
-    assert f"accuracy {results.with_interval('1' * len(scores))}" in on_one_line
+    assert "all pairs are ties: accuracy 0.500." in on_one_line
     of_dpo = [line for line in lines if line["row"] in results.ROWS and line["fold"] in folds]
     assert {line["best_step"] for line in of_dpo} == {"0"}
     assert set("".join(line["scores"] for line in of_dpo)) == {"1"}
@@ -170,13 +170,14 @@ def test_the_defaults_are_those_of_the_program():
         ["`--beta`", str(adapters.beta)],
         ["`--lr`, the highest rate of DPO", rates.replace("e-0", "e-")],
         ["`--batch_pairs`, in an update", str(adapters.batch_pairs)],
-        ["`--sft_epochs`, `--epochs`",
-         f"SFT: {adapters.sft_epochs} pass over the pairs; DPO: as many, from {fewest} to {most}, "
-         f"as come nearest to 250 updates"],
-        ["`--vals`, `--patience`",
-         f"one validation before the first update, at most {adapters.vals} after it; training ends "
-         f"early when {adapters.patience} in a row bring no loss below the lowest so far, whose "
-         f"weights are kept"],
+        ["`--sft_epochs`, passes over the pairs in SFT; its loss is a mean over tokens",
+         str(adapters.sft_epochs)],
+        ["`--epochs`, passes in DPO",
+         f"250 / (updates in a pass), rounded, from {fewest} to {most}"],
+        ["`--vals`, validations after the one before the first update",
+         f"{adapters.vals}, evenly spaced; the weights of the lowest loss are kept"],
+        ["`--patience`", f"{adapters.patience}: training ends when so many validations in a row "
+                         f"bring no lower loss"],
     ]
     assert f"\n{len(bugs.BUGS)} bugs that DPO code has had" in README
 
@@ -190,6 +191,13 @@ def test_the_lines_of_log_probabilities_are_sequence_logps():
     exec(textwrap.dedent(block), names)
     expected = dpo.sequence_logps(names["model"], names["tokens"], names["mask"])
     torch.testing.assert_close(names["logps"], expected)
+
+
+def test_one_update_in_short_is_that_of_train_step():
+    block = README[README.index('    loss = loss_function(model, batch)["loss"].mean()'):]
+    lines = [line.split("  #")[0].strip() for line in block.split("\n\n")[0].splitlines()]
+    assert len(lines) == 5
+    assert textwrap.indent("\n".join(lines), 8 * " ") in dpo.train_step.__doc__
 
 
 def example(text: str) -> str:
