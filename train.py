@@ -177,7 +177,6 @@ def train(config: Config) -> int:
     model, encoding = load_model(config, machine)
     splits, audit = load_pairs(config, encoding)
     run = open_run(config, machine, audit)
-    resumes_dpo = run.saved.get("stage") == "dpo"
 
     # The log-probabilities of a batch; and the two losses, each a dict of tensors (B,).
     def logps_of(model: GPT2, batch: data.PackedBatch) -> Tensor:
@@ -203,32 +202,30 @@ def train(config: Config) -> int:
         return metrics
 
     # SFT: all weights learn to write like the chosen answers. With 0 epochs the model is only
-    # validated, and saved. If the run was stopped in DPO, SFT was done before.
-    if not resumes_dpo:
-        if config.adapter == "replace":                # now: the reference has it, too
-            add_adapters(model, "replace", config.adapter_width, config.adapter_init)
-        sft_splits = splits
-        if config.demo:
-            sft_splits = half_swapped(splits)
-        fit(config, machine, run, "sft", model, sft_loss_function, sft_splits,
-            peak_lr=config.sft_lr, epochs=config.sft_epochs, sides=("chosen",))
-        save_tokenizer(config, run.folder / "sft")
+    # validated, and saved.
+    if config.adapter == "replace":                    # now: the reference has it, too
+        add_adapters(model, "replace", config.adapter_width, config.adapter_init)
+    sft_splits = splits
+    if config.demo:
+        sft_splits = half_swapped(splits)
+    fit(config, machine, run, "sft", model, sft_loss_function, sft_splits,
+        peak_lr=config.sft_lr, epochs=config.sft_epochs, sides=("chosen",))
+    save_tokenizer(config, run.folder / "sft")
     model = GPT2.from_pretrained(run.folder / "sft").to(machine.device)      # the best weights
 
     # The reference is this model. It is asked once about every pair. What it said goes into each
-    # batch, as batch.reference.
-    if resumes_dpo:
-        reference = run.saved["reference"]
-    else:
-        reference = {}
-        for name, pairs in splits.items():
-            batches = data.track(eval_batches(pairs, config, machine), f"reference of {name}",
-                                 math.ceil(len(pairs) / config.micro_pairs), "batches")
-            reference[name] = dpo.reference_logps(logps_of, model, batches, len(pairs))
+    # batch, as batch.reference. A run that is resumed in DPO has kept it.
+    reference = dict(run.saved.get("reference", {}))
+    for name, pairs in splits.items():
+        if name not in reference:
+            batches = eval_batches(pairs, config, machine)
+            batch_count = math.ceil(len(pairs) / config.micro_pairs)
+            tracked = data.track(batches, f"reference of {name}", batch_count, "batches")
+            reference[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))
 
     # The policy begins as its reference. Check it, with the first batch that the reference had, of
-    # the shortest pairs: eval_batches gives the same batches at each call. (This holds when DPO is
-    # resumed, too: not before fit do the trained adapters take the place of these new ones.)
+    # the shortest pairs: eval_batches gives the same batches at each call. (Where DPO is resumed,
+    # these adapters are new, too. fit then puts the trained weights in their place.)
     if config.adapter != "replace":                    # which was added before SFT
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference["train"]))
@@ -297,16 +294,20 @@ class State:
 def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         loss_function: dpo.LossFunction, splits: dict[str, list[data.TokenPair]],
         reference: dict[str, Tensor] | None = None, *, peak_lr: float, epochs: int,
-        sides: tuple[str, ...] = data.SIDES) -> State:
+        sides: tuple[str, ...] = data.SIDES) -> State | None:
     """Train the model on splits["train"], and keep the weights that are best on splits["val"].
 
     stage: "sft" or "dpo". The best weights go to the folder sft or best. Training ends after
     `epochs` epochs, or when config.patience validations in a row have brought no lower loss.
-    If run.saved is of this stage, the loop goes on from there, as if it had not been stopped.
+    If run.saved is of this stage, the loop goes on from there, as if it had not been stopped. If it
+    is of DPO, SFT was done before the stop, and there is nothing to do.
 
     reference: of each split, what dpo.reference_logps returned. Raises FloatingPointError when
     MAX_SKIPPED updates in a row had no finite loss and gradient.
     """
+    if stage == "sft" and run.saved.get("stage") == "dpo":
+        return None
+
     reference = reference or {}
     best_folder = run.folder / ("sft" if stage == "sft" else "best")
     updates_per_epoch = math.ceil(len(splits["train"]) / config.batch_pairs)

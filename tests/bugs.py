@@ -127,9 +127,9 @@ BUGS = [
     Bug("another checkpoint as the reference",
         "the reference is not the model that DPO starts from", "trl #1236",
         "tests/test_train.py::test_before_the_first_update_the_policy_is_the_reference",
-        [("train.py", "reference[name] = dpo.reference_logps(logps_of, model, batches, len(pairs))",
+        [("train.py", "reference[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))",
           "reference[name] = dpo.reference_logps(logps_of, GPT2(model.config).to(machine.device), "
-          "batches, len(pairs))")]),
+          "tracked, len(pairs))")]),
     Bug("reference of other pairs", "the kept log-probabilities are read in another order", "",
         "tests/test_data.py::test_a_batch_has_its_own_pairs_reference_chosen_first",
         [("data.py", "reference[:, indices]     ", "reference[:, :len(indices)]     ")]),
