@@ -410,10 +410,9 @@ def make_grids(rows: list[np.ndarray], length: int,
     fill 3 x 40 cells of one grid, but 2 x 3 and 1 x 40 cells of two.
 
     For DPO a prompt stands in two rows. Its tokens have the same results in both, as no token sees
-    what comes later, so one of the two may be taken. No gradient is lost with the other. What a
-    response needs of its prompt are keys and values. Both rows gather these from the line, so the
-    gradients of both rows meet there. What is not taken is only the second copy of what the
-    prompt's tokens themselves saw.
+    what comes later, so one of the two may be taken. Each response still sees its prompt, in its
+    own row, so no gradient is lost: tests/test_dpo.py compares all of them with those of padded
+    rows.
     """
     order = np.arange(len(rows))
     if count > 1:
@@ -478,7 +477,7 @@ def micro_batches(pairs: list[TokenPair], indices: np.ndarray, micro_pairs: int,
                   grid_count: int) -> Iterator[PackedBatch]:
     """The pairs at these places, sorted by length, in batches of up to micro_pairs.
 
-    The length is of the prompt and both responses, even where `sides` is one.
+    The length is of the prompt and both responses, for SFT, too: so both stages cut alike.
     """
     lengths = []
     for index in indices:
@@ -615,7 +614,7 @@ def read_run(folder: str | Path) -> dict:
 # The revisions of gpt2 and of hh-rlhf are pinned, so that results do not change under a reader. So
 # are the hashes of some files. For the others, the hash that the hub tells is checked.
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M, 1.6B parameters
 MODEL_REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}  # others: main
 HH_REVISION = "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
@@ -714,7 +713,7 @@ def try_until_whole(url: str, file: BinaryIO, label: str, sha256: str, tries: in
             size = file.seek(0, os.SEEK_END)
             if size > most:
                 most = size
-                failures = 0                       # the row begins anew
+                failures = 0                       # count from 0 again
             else:
                 failures += 1
             if failures == tries:

@@ -5,7 +5,8 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 1. the loss            dpo_loss is equation 7
 2. what goes into it   log-probabilities of responses, by the policy and by the reference
 3. what one watches    rewards, margins, accuracy, and an interval for it
-4. training            the learning rate, one update, one validation, the check before the start
+4. training            the learning rate, one update, one validation, the check before the start;
+                       at its end, all of it together, for a model of `transformers`
 5. faster              the same log-probabilities without the arithmetic that padding wastes
 6. variants            other losses that have been proposed since
 
@@ -14,36 +15,6 @@ The letters in the shapes: B pairs, R rows, T tokens of a row, V tokens of the v
 This file needs torch alone, so it can be copied. A batch may be any object that has `indices` (B,):
 where its pairs stand in the data set. Section 5 alone needs the batches of data.py, and the GPT2 of
 model.py.
-
-All of it together, to be read after section 4: here a model of `transformers` is trained, on the
-CPU. `batches` is a list of batches of 8 pairs, as data.pad makes them: tokens (16, T), mask (16, T)
-and indices (8,). The 8 rows with the chosen responses come first.
-
-    from dpo import check_start, cosine_lr, dpo_metrics, reference_logps, sequence_logps
-    from dpo import train_step
-    import torch
-
-    def logps_of(model, batch):
-        return sequence_logps(lambda tokens: model(tokens).logits, batch.tokens, batch.mask)
-
-    model.eval()              # no dropout, which would be noise in the rewards; it stays so
-    reference = reference_logps(logps_of, model, batches, pair_count=8 * len(batches))
-
-    def reference_of(batch):
-        chosen, rejected = reference[:, batch.indices]  # (8,) each
-        return torch.cat([chosen, rejected])            # (16,), as logps_of returns them
-
-    def loss_function(model, batch):                    # dpo_metrics halves both, for dpo_loss
-        return dpo_metrics(logps_of(model, batch), reference_of(batch), beta=0.1)
-
-    # The policy still is the reference. If its log-probabilities differ, something is wrong.
-    check_start(logps_of(model, batches[0]), reference_of(batches[0]))
-    peak = 1e-5
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
-    for step, batch in enumerate(batches):
-        lr = cosine_lr(step, peak, warmup_steps=10, total_steps=len(batches))
-        optimizer.param_groups[0]["lr"] = lr
-        metrics = train_step(model, [batch], optimizer, loss_function)   # one micro-batch
 """
 
 import math
@@ -218,7 +189,7 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     It grows linearly to `peak` over the first warmup_steps updates. Then it falls along half a
     cosine, from `peak` to final * peak at the last update. A warm-up begins with
     peak / warmup_steps, not 0: an update with a rate of 0 would be wasted. Below, the updates 0 and
-    1 warm up, and the updates 2 to 6 are the cosine. (A cosine of a single update is its top.)
+    1 warm up, and the updates 2 to 6 are the cosine, so the peak comes twice.
 
     >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
@@ -226,7 +197,9 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
 
-    last = max(total_steps - 1, warmup_steps + 1)                 # + 1: no division by 0 below
+    last = total_steps - 1
+    if last <= warmup_steps:                                      # the cosine has no room to fall
+        return peak
     step = min(step, last)                                        # after the end, the rate stays
     done = (step - warmup_steps) / (last - warmup_steps)          # from 0 to 1
     height = (1 + math.cos(math.pi * done)) / 2                   # from 1 to 0
@@ -302,7 +275,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
         scaler.step(optimizer)                         # optimizer.step()
-    scaler.update()        # a lower scale from now on, if unscale_ found an inf or nan
+    scaler.update()        # needs no step: it lowers the scale if unscale_ found an inf or nan
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -324,9 +297,9 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
     policy, reference (2B,): logps in nats of one batch. The policy must be asked with the very
     batch that the reference was asked with: in another batch, bfloat16 rounds differently.
 
-    At this moment all rewards are 0 and the loss of equation 7 is log 2. (In other batches of the
-    same pairs, such as those of the updates, they are so but for rounding.) If they are not,
-    training would still run, towards a wrong goal. This check catches dropout that was left on, a
+    At this moment all rewards are 0 and the loss of equation 7 is log 2. (In the batches of the
+    updates, where other pairs stand together, they are nearly so.) If they are not, training would
+    still run, towards a wrong goal. This check catches dropout that was left on, a
     reference that another checkpoint gave, and an adapter that changes the model before it has
     learnt anything; and a wrong order of the pairs, as far as this batch shows it. It can't catch
     what is wrong in both alike, such as a wrong mask.
@@ -343,6 +316,38 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
             f"dropout, for a reference of another model or other data, or for an adapter that is "
             f"not the identity at first")
 
+
+# All of it together. `model` is one of `transformers`, on the CPU. `batches` is a list of batches
+# of 8 pairs, as data.pad makes them: tokens (16, T), mask (16, T) and indices (8,). The 8 rows with
+# the chosen responses come first.
+#
+#     import torch
+#     from dpo import (check_start, cosine_lr, dpo_metrics, reference_logps, sequence_logps,
+#                      train_step)
+#
+#     def logps_of(model, batch):
+#         return sequence_logps(lambda tokens: model(tokens).logits, batch.tokens, batch.mask)
+#
+#     # Without dropout, which would be noise in the rewards. No function of ours changes it.
+#     model.eval()
+#     reference = reference_logps(logps_of, model, batches, pair_count=8 * len(batches))
+#
+#     def reference_of(batch):
+#         chosen, rejected = reference[:, batch.indices]  # of (2, all pairs): (8,) each
+#         return torch.cat([chosen, rejected])            # (16,), as logps_of returns them
+#
+#     def loss_function(model, batch):
+#         # dpo_metrics splits both (16,) into chosen and rejected, and calls dpo_loss.
+#         return dpo_metrics(logps_of(model, batch), reference_of(batch), beta=0.1)
+#
+#     # The policy still is the reference. If its log-probabilities differ, something is wrong.
+#     check_start(logps_of(model, batches[0]), reference_of(batches[0]))
+#     peak = 1e-5
+#     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
+#     for step, batch in enumerate(batches):
+#         lr = cosine_lr(step, peak, warmup_steps=10, total_steps=len(batches))
+#         optimizer.param_groups[0]["lr"] = lr
+#         metrics = train_step(model, [batch], optimizer, loss_function)   # one micro-batch
 
 # 5. The same numbers, faster --------------------------------------------------------------------
 #
@@ -572,8 +577,9 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
     if variant == "robust":
         # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share e = label_smoothing of the labels
         # is wrong, the mean of this loss is what equation 7 would give with right labels. For a
-        # wrong label swaps right and wrong, so the mean has wrong with the factor
-        # (1 - e) * -e + e * (1 - e) = 0, and right with ((1 - e)**2 - e**2) / (1 - 2 * e) = 1.
+        # wrong label swaps right and wrong, so in the mean
+        #     right has the factor ((1 - e) * (1 - e) - e * e) / (1 - 2 * e) = 1
+        #     wrong has the factor (-(1 - e) * e + e * (1 - e)) / (1 - 2 * e) = 0
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)

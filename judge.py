@@ -67,9 +67,10 @@ class Sampling(NamedTuple):
 
 
 def models_of(folder: Path, options: dict, names: Iterable[str] = tuple(NAMES)) -> dict[str, Path]:
-    """Where the weights of the models in `names` are. folder, options: those of the run.
+    """Where the weights of the models in `names` are.
 
-    A run of `train.py --demo` begins with random weights, so it has no "untuned" model.
+    folder: of the run. options: those of train.py, as the run has kept them (data.read_run). A run
+    of `train.py --demo` begins with random weights, so it has no "untuned" model.
     """
     paths = {}
     if "untuned" in names and not options["demo"]:
@@ -79,7 +80,7 @@ def models_of(folder: Path, options: dict, names: Iterable[str] = tuple(NAMES)) 
     if "tuned" in names:
         paths["tuned"] = folder / "best"               # of DPO, with the lowest validation loss
     for path in paths.values():
-        model.find_weights(path)                       # an error before anything is computed
+        model.find_weights(path)                       # raises if there are none, before all work
     return paths
 
 
@@ -98,7 +99,7 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     without that ending. A prompt that is too long loses its beginning, as in training.
     """
     def asks_again(ids: list[int]) -> bool:
-        """Does the answer so far end with HUMAN, "\\n\\nHuman:"? Asked after each new token."""
+        """Do the last tokens of an answer hold "\\n\\nHuman:"? Asked after each new token."""
         # HUMAN has 8 characters, so 8 tokens at most. The last 8 are enough, and quick to decode.
         last_ids = ids[-len(data.HUMAN):]
         return data.HUMAN in encoding.decode(last_ids)
@@ -129,14 +130,15 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
 def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
     """Up to `count` pairs of the run's test split, in a random order, no two with the same prompt.
 
-    A larger count begins with the pairs of a smaller one.
+    The order doesn't depend on count: with a larger one, the first pairs stay the same.
     """
     pairs = []
     if options["pairs"]:
         # Own pairs come without a test file, so split holds a part out, by the hash of the prompt:
         # the same part that train.py held out, so none of these pairs was trained on.
         own_pairs, _ = data.read_pairs(options["pairs"])
-        splits, _ = data.split(own_pairs, [], options["val_share"], options["test_share"])
+        splits, _ = data.split(own_pairs, test=[], val_share=options["val_share"],
+                               test_share=options["test_share"])
         pairs = splits["test"]
     else:
         for path in data.fetch_hh(options["hh_dir"], options["subsets"].split(","), "test"):
@@ -156,7 +158,8 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
     """The model's answers to the prompts: from the file, or sampled and added to the file.
 
     An answer in the file counts if it is of the same weights and was sampled with the same
-    settings.
+    settings. What is missing is sampled in blocks, whose random numbers depend on how many answers
+    there were before.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -167,8 +170,9 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
             kept[line["prompt"]] = Answer(**line["answer"])
 
     missing = [prompt for prompt in prompts if prompt not in kept]
-    if missing:
-        gpt2 = load(weights)
+    if not missing:
+        return [kept[prompt] for prompt in prompts]
+    gpt2 = load(weights)
     starts = range(0, len(missing), BLOCK)
     for start in data.track(starts, f"answers of {name}", len(starts), "blocks"):
         block = missing[start:start + BLOCK]
@@ -219,7 +223,7 @@ def ask(paths: dict[str, Path], encoding: tiktoken.Encoding, questions: list[str
         max_prompt_tokens: int, sampling: Sampling) -> None:
     """Print what each model answers to each question, one answer below the other.
 
-    The models are loaded anew for each call, so that only one at a time is in memory.
+    Only one model at a time is in memory, so each call loads them anew.
     """
     prompts = [data.as_dialogue(question) for question in questions]
     answers = {}
@@ -227,7 +231,7 @@ def ask(paths: dict[str, Path], encoding: tiktoken.Encoding, questions: list[str
         gpt2 = load(path)
         answers[name] = []
         # One by one, each from the same seed: so an answer doesn't depend on the other questions.
-        # (All draw the same random numbers. That would be wrong if we averaged over the answers.)
+        # (All draw the same random numbers. An interval of their mean would be too narrow.)
         for prompt in prompts:
             answers[name] += sample(gpt2, encoding, [prompt], max_prompt_tokens, sampling)
         del gpt2
@@ -274,7 +278,8 @@ def printable(text: str) -> str:
 
 # 3. Compare -------------------------------------------------------------------------------------
 
-JudgeFunction = Callable[[str, str, str], str | None]  # (prompt, reply A, reply B) -> the letter
+# (prompt, reply A, reply B) -> "A", "B", or None if the judge's answer can't be read
+JudgeFunction = Callable[[str, str, str], str | None]
 
 
 class Verdict(NamedTuple):
@@ -320,7 +325,8 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     is random: a liking for a place cancels out over many prompts. The same seed and prompt give the
     same order.
     """
-    generator = random.Random(f"{seed} {prompt}")      # the same in each process
+    # Random takes the bytes of a string, not its hash(), so this is the same in each process.
+    generator = random.Random(f"{seed} {prompt}")
     answer_is_a = generator.random() < 0.5
     if answer_is_a:
         a, b = answer, other
@@ -338,8 +344,8 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
         if key == "":
             return 0.5
         if key in ("a", "b"):
-            prefers_answer = (key == "a") == answer_is_a
-            return 1.0 if prefers_answer else 0.0
+            preferred = a if key == "a" else b
+            return 1.0 if preferred == answer else 0.0
 
 
 # 4. Win rate ------------------------------------------------------------------------------------
@@ -350,6 +356,7 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
 
     Verdicts without a score are counted as "unreadable", and left out of the rate. "rate", "low"
     and "high" are None without verdicts, and for a judge that was asked and could never be read.
+    Wilson's interval is for scores of 0 or 1. Scores of 1/2 vary less: with them it is too wide.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -366,11 +373,10 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
         "letter A": None,
     }
     # Say 3 pairs of answers are equal, and the judge can't be read on the other 97. The 3 draws
-    # would give a rate of 0.5, which nobody judged. (Where no judge was asked, as by --blind, this
-    # can't happen: every verdict has a score.)
-    scores_of_judge = [verdict.score for verdict in verdicts if verdict.letters]
-    never_read = len(scores_of_judge) > 0 and set(scores_of_judge) == {None}
-    if scores and not never_read:
+    # would give a rate of 0.5, which nobody judged.
+    asked = [verdict for verdict in verdicts if verdict.letters]
+    read = [verdict for verdict in asked if verdict.score is not None]
+    if scores and (read or not asked):
         rate["rate"] = statistics.fmean(scores)
         rate["low"], rate["high"] = dpo.wilson_interval(rate["rate"], len(scores))
     if letters:
@@ -422,8 +428,8 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
 #
 # Any server that speaks OpenAI's chat completions will do: Ollama, llama.cpp's server,
 # llama-cpp-python, vLLM. Each can be given a JSON schema. The server then lets the model choose
-# only tokens that fit the schema. So a verdict is read by json.loads. To search for it in prose
-# goes wrong: a search for "A is more" also finds "Reply A is more harmful", which is a vote for B.
+# only tokens that fit the schema. So a verdict is read by json.loads. Searching prose for it goes
+# wrong: a search for "A is more" also finds "Reply A is more harmful", which is a vote for B.
 #
 # Llama 2 likes to decline. So the question says that harmful messages may be judged.
 
@@ -463,9 +469,9 @@ ADVICE = {
 class Judge:
     """A model on a server. Call it as judge(prompt, a, b): "A", "B", or None if unreadable.
 
-    What it answers is kept in a file, under the whole question, so the same question is not asked
-    again. Raises OSError, with one line to show, when the server is away or stays busy, and for a
-    fault that does not pass.
+    What it answers is kept in a file, under its name and the whole question (not the address), so
+    the same question is not asked again. Raises OSError, with one line to show, when the server is
+    away or stays busy, and for a fault that does not pass.
     """
 
     def __init__(self, url: str, name: str, explain: bool, path: Path):
@@ -487,9 +493,9 @@ class Judge:
                   "additionalProperties": False}
         # The two dialects in which servers are told a schema. The first is OpenAI's own.
         # choose_format finds out which one the server knows.
-        self.format = {"type": "json_schema",
+        self.response_format = {"type": "json_schema",
                        "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
-        self.other_format = {"type": "json_object", "schema": schema}
+        self.other_response_format = {"type": "json_object", "schema": schema}
 
         self.key = os.environ.get("JUDGE_API_KEY", "")
         self.session = requests.Session()
@@ -498,10 +504,11 @@ class Judge:
 
     def choose_format(self) -> None:
         """Ask a fixed question: is the server there, and which dialect does it know?"""
-        question = self.question_of("Say hello.", "Hello!", "7 7 7")       # any letter will do
+        question = self.question_of("Say hello.", "Hello!", "Go away.")       # any letter will do
         response = self.post(question)
         if response.status_code != 200 and "response_format" in response.text:
-            self.format = self.other_format            # it complained about this very field
+            # It complained about this very field.
+            self.response_format = self.other_response_format
             response = self.post(question)
         if response.status_code != 200:
             raise self.fault(response)
@@ -516,7 +523,7 @@ class Judge:
     def question_of(self, prompt: str, a: str, b: str) -> str:
         """The question as the judge reads it."""
         form = FORM_WITH_REASON if self.explain else FORM
-        # (format leaves braces alone in what it puts in.)
+        # (str.format looks for braces in QUESTION alone, not in the texts that it puts in.)
         return QUESTION.format(prompt=without_marks(prompt), a=without_marks(a),
                                b=without_marks(b), form=form)
 
@@ -545,9 +552,10 @@ class Judge:
             "temperature": 0,
             "seed": 0,
             "max_tokens": 256 if self.explain else 32, # a sentence of reasons, or the letter alone
-            "response_format": self.format,
+            "response_format": self.response_format,
         }
-        for failures in range(1, TRIES + 1):
+        failures = 0
+        while True:
             try:
                 response = self.session.post(self.url, json=body, timeout=(10, 300))
             except requests.RequestException as error:
@@ -555,10 +563,13 @@ class Judge:
                     f"{self.url}: no answer ({type(error).__name__}): start a server, as by "
                     f"`ollama serve` and `ollama pull {self.name}`, or name another --url; "
                     f"verdicts are kept") from None
-            if response.status_code not in BUSY or failures == TRIES:
+            if response.status_code not in BUSY:
                 return response
-            # What the server says; or 1 second, then 2, 4, 8, 16 and 32.
-            wait = data.seconds_to_wait(response, failures - 1)
+            failures += 1
+            if failures == TRIES:
+                return response
+            # What the server says, or 2 seconds, then 4, 8, 16, 32 and 64.
+            wait = data.seconds_to_wait(response, failures)
             print(f"{self.url}: busy ({response.status_code}); again in {wait:.0f} s", flush=True)
             time.sleep(wait)
 
@@ -596,10 +607,10 @@ class Judge:
                        f"{self.error_text(response)}: {advice}; verdicts are kept")
 
     def error_text(self, response: requests.Response) -> str:
-        """What a server says about a fault, in one line. Servers have four forms for it:
+        """What a server says about a fault, in one line.
 
-        {"error": {"message": "..."}}, {"error": "..."}, {"message": "..."}, and plain text. Of
-        another object, all is shown.
+        Servers have four forms for it: {"error": {"message": "..."}}, {"error": "..."},
+        {"message": "..."}, and plain text. Of another object, all is shown.
         """
         text = response.text
         try:
@@ -641,7 +652,8 @@ MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")    # of Llam
 def without_marks(text: str) -> str:
     """The text without the marks of Llama 2's chat template, by which a reply could end a question.
 
-    A lone surrogate, half a character as JSON may hold it, becomes "?": some servers refuse it.
+    JSON may hold a lone surrogate, such as "\\ud83d", which is half of a character. It becomes "?",
+    as some servers refuse it.
     """
     for mark in MARKS:
         text = re.sub(re.escape(mark), " ", text, flags=re.IGNORECASE)
@@ -735,8 +747,8 @@ def describe(answers: list[str]) -> dict[str, float]:
 def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
     """log p(answer | prompt) in nats: the sum over all tokens of the answer, as it was sampled."""
     tokens = torch.tensor([answer.prompt_ids + answer.ids], device=gpt2.wte.weight.device)
-    # True on the answer's own tokens. (sequence_logps knows that each is predicted one place
-    # before: nothing needs to be shifted here.)
+    # True on the answer's own tokens. sequence_logps adds up log p(token | all tokens before it) of
+    # these. It knows that a token is predicted one place before: nothing is to be shifted here.
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     mask[0, len(answer.prompt_ids):] = True
     return dpo.sequence_logps(gpt2, tokens, mask).item()
@@ -747,7 +759,8 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
 
     It is estimated by the mean of log_ratio = log p_tuned(answer) - log p_sft(answer) over answers
     of the tuned model. These must be sampled from p_tuned itself: at temperature 1 and top_p 1.
-    (beta * log_ratio is DPO's implicit reward.) The KL grows with the length to which answers are
+    (beta * log_ratio is DPO's implicit reward, but for a part that depends on the prompt alone, and
+    cancels in the loss.) The KL grows with the length to which answers are
     cut, as each token adds its part. A single answer gives no interval.
     """
     logps = {}
@@ -794,7 +807,7 @@ def rate_row(name: str, rate: dict, longer: float | None) -> list:
             rate["letter A"], longer]
 
 
-def examples(texts: dict[str, list[str]], count: int = 10) -> list[str]:
+def examples(texts: Texts, count: int = 10) -> list[str]:
     """The first prompts, with everybody's answers: blocks of Markdown.
 
     Texts are indented by four spaces: Markdown shows such lines as they are.
@@ -830,10 +843,9 @@ def notes(judge: Judge) -> list[str]:
 def answers_table(folder: Path, options: dict, args: argparse.Namespace, texts: Texts,
                   answers: dict[str, list[Answer]]) -> str:
     """What the answers show without a judge: a row for the data's, and for each model's."""
-    # Only fair samples of the tuned model tell its KL.
-    kl_of = {}
-    if args.temperature == 1 and args.top_p == 1:
-        kl_of["tuned"] = kl_to_sft(models_of(folder, options), answers["tuned"])
+    kl = None
+    if args.temperature == 1 and args.top_p == 1:      # only then are answers samples of p_tuned
+        kl = kl_to_sft(models_of(folder, options), answers["tuned"])
 
     rows = []
     for name in ("chosen", "rejected", *answers):
@@ -843,7 +855,7 @@ def answers_table(folder: Path, options: dict, args: argparse.Namespace, texts: 
             ends = [answer.end for answer in answers[name]]
             ended = ends.count("end-of-text") / len(ends)
         rows.append([name, about["words"], about["distinct-1"], about["distinct-2"], ended,
-                     kl_of.get(name)])
+                     kl if name == "tuned" else None])
     header = ["", "words", "distinct-1", "distinct-2", "ended with end-of-text", "KL to SFT, nats"]
     return table(header, rows)
 
@@ -871,8 +883,8 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
 
     blocks = [f"{args.judge} at temperature 0 compares answers to {len(texts['prompt'])} test "
               f"prompts of {folder}. A rate is how often the first is better; a draw counts half. "
-              f"Its interval says how far other prompts may move it, and nothing of the judge's "
-              f"errors.", table(RATE_HEADER, rows)]
+              f"Its interval covers the choice of the prompts, not the judge's mistakes.",
+              table(RATE_HEADER, rows)]
     for doubt in doubts(rates["chosen", "rejected"], list(rates.values())):
         blocks.append(f"DON'T TRUST these rates: {doubt}.")
     blocks += notes(judge)
@@ -881,7 +893,7 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
     print("\n" + "\n\n".join(blocks))
     path = folder / "judge" / "report.md"
     text = "\n\n".join(blocks + examples(texts)) + "\n"
-    model.write_whole(path, [text.encode("utf-8", "replace")])    # "replace": of half characters
+    model.write_whole(path, [text.encode("utf-8", "replace")])    # lone surrogates become "?"
     print(f"\nreport {path}")
 
 
@@ -891,7 +903,8 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
 def read_jsonl(path: Path, *names: str) -> list[dict]:
     """The objects in a JSONL file; none if there is no file.
 
-    ValueError for a line that is no object with these names.
+    A last line that a kill has cut is removed from the file first. ValueError for a line that is no
+    object with these names.
     """
     if not path.exists():
         return []
@@ -911,8 +924,7 @@ def read_jsonl(path: Path, *names: str) -> list[dict]:
 
 
 def remove_half_line(path: Path) -> None:
-    """Take from the file a last line without an end, as a kill leaves it: the next begins afresh.
-    """
+    """Remove an unfinished last line, so that the next one stands on a line of its own."""
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1                     # of the last whole line; 0 if there is none
     if end < len(content):
@@ -936,7 +948,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="Without --ask and --blind, a judge behind --url compares: Llama 2 by default.",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("out", nargs="?", default="out", help="the folder of a run of train.py")
-    # args.ask is None, or a list of questions; --ask without a text adds "" to it.
+    # args.ask is None without --ask, [""] for a single --ask without a text, and ["a", "b"] for
+    # --ask a --ask b.
     parser.add_argument("--ask", metavar="QUESTION", nargs="?", const="", action="append",
                         help="show the models' answers to it; without a text, questions are read "
                              "from the terminal")
@@ -950,8 +963,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0,
                         help="1: answers as the models give them; 0: the likeliest token each time")
     parser.add_argument("--top_p", type=float, default=1.0,
-                        help="sample from the likeliest tokens alone: the fewest that have at "
-                             "least this probability together")
+                        help="sample from the likeliest tokens alone: the smallest set whose "
+                             "probabilities add up to at least this")
     parser.add_argument("--max_new_tokens", type=int, default=128,
                         help="longest answer, in tokens; at most half of the model's context")
     parser.add_argument("--url", default="http://localhost:11434",

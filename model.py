@@ -46,7 +46,7 @@ class GPT2Config:
         for field in fields(self):
             value = getattr(self, field.name)
             has_type = type(value) is field.type       # isinstance would take True for an int
-            # A config.json may come from anybody: no absurd number, which would fill the memory.
+            # A config.json may come from anybody. An absurd number is refused here, by its name.
             if not has_type or not 0 < value < 2**31:
                 raise ValueError(
                     f"{field.name} is {value!r}, expected {field.type.__name__} above 0")
@@ -263,7 +263,7 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
                          f"cut the prompts from the left")
 
     # The KV cache: keys and values of what was read, so that no token is read twice.
-    shape = (config.n_layer, len(prompts), config.n_head, places, config.n_embd // config.n_head)
+    shape = (config.n_layer, len(prompts), places, config.n_head, config.n_embd // config.n_head)
     keys = torch.zeros(shape, dtype=model.wte.weight.dtype, device=device)
     values = torch.zeros_like(keys)
 
@@ -337,7 +337,7 @@ def cached_hidden(model: GPT2, tokens: Tensor, positions: Tensor, keys: Tensor,
     """The last hidden states, for the next tokens of rows: (R, T) int64 -> (R, T, C).
 
     positions (R, T) int64: the places at which the tokens stand in their rows.
-    keys, values (n_layer, R, H, S, D): the KV cache, of all layers.
+    keys, values (n_layer, R, S, H, D): the KV cache, of all layers.
     """
     x = model.wte(tokens) + model.wpe(positions)
     for layer, block in enumerate(model.h):
@@ -352,18 +352,19 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
                      values: Tensor) -> Tensor:
     """Attention where a token also sees what earlier calls read: (R, T, C) -> (R, T, C).
 
-    keys, values (R, H, S, D): of the tokens at the S places of a row, as far as they were read. The
+    keys, values (R, S, H, D): of the tokens at the S places of a row, as far as they were read. The
     keys and values of this call's tokens are written into them, at their places.
     """
     q, k, v = attn.heads(attn.c_attn(x))                           # (R, H, T, D) each
     row = torch.arange(len(positions), device=x.device)[:, None]   # (R, 1)
-    # For all r and t: keys[r, :, positions[r, t]] = k[r, :, t]. Indexed so, T stands before H.
-    keys[row, :, positions] = k.transpose(1, 2).to(keys.dtype)     # (R, T, H, D)
-    values[row, :, positions] = v.transpose(1, 2).to(values.dtype)
+    keys[row, positions] = k.transpose(1, 2).to(keys.dtype)        # (R, T, H, D)
+    values[row, positions] = v.transpose(1, 2).to(values.dtype)
 
-    places = torch.arange(keys.shape[2], device=x.device)          # (S,)
+    places = torch.arange(keys.shape[1], device=x.device)          # (S,)
     sees = places <= positions[:, None, :, None]                   # (R, 1, T, S)
-    y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=sees)
+    all_k = keys.transpose(1, 2).to(q.dtype)                       # (R, H, S, D)
+    all_v = values.transpose(1, 2).to(q.dtype)
+    y = F.scaled_dot_product_attention(q, all_k, all_v, attn_mask=sees)      # (R, H, T, D)
     y = y.transpose(1, 2).flatten(2)                               # (R, T, C)
     return attn.c_proj(y)
 
@@ -443,7 +444,7 @@ def replace_by_strongest(model: GPT2, width: int) -> None:
     """Replace each MLP by its `width` strongest neurons, on text that the model itself writes."""
     config = model.config
     length = min(128, config.n_positions)
-    start = [[config.vocab_size - 1]] * 64             # 64 times the end-of-text token alone
+    start = [[config.vocab_size - 1]] * 64             # 64 prompts, each the end-of-text token
     text = generate(model, start, length - 1, end_token=-1)      # -1: no token ends a text
     tokens = torch.tensor(text, device=model.wte.weight.device)             # (64, length - 1)
 

@@ -225,7 +225,8 @@ def train(config: Config) -> int:
 
     # The policy begins as its reference. Check it, with the first batch that the reference had, of
     # the shortest pairs: eval_batches gives the same batches at each call. (Where DPO is resumed,
-    # these adapters are new, too. fit then puts the trained weights in their place.)
+    # these adapters are new, too; fit then puts the trained weights in their place. On a machine
+    # that rounds in another way, the kept reference doesn't pass.)
     if config.adapter != "replace":                    # which was added before SFT
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference["train"]))
@@ -337,9 +338,11 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     while True:
         # Validation: before the first update, every val_every updates, and after the last. With 12
         # updates and val_every 4, V for a validation and u for an update: V uuuu V uuuu V uuuu V.
-        # Save first: a run that is killed in a validation then makes that validation once more,
-        # from the same weights, and it counts only once for patience. (So a run that is killed
-        # between SFT and DPO makes SFT's last validation once more.)
+        #
+        # Save first, and validate then. So a run that is killed goes on as if it had not been:
+        # - in a validation: this validation is made again, from the same weights, and counts once;
+        # - later: the updates since the last save are made again;
+        # - between SFT and DPO: SFT's last validation is made again.
         step = state.step
         if step % val_every == 0 or step == total_steps:
             save_last(run, stage, model, optimizer, scaler, reference, state)
@@ -365,7 +368,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         begun = time.perf_counter()
         metrics = dpo.train_step(model, micro_batches, optimizer, loss_function, config.max_norm,
                                  scaler)
-        seconds += time.perf_counter() - begun
+        seconds += time.perf_counter() - begun         # the device is done: metrics were read
         tokens += sum(batch.tokens.numel() for batch in micro_batches)
         state.step = step + 1
 
@@ -492,7 +495,7 @@ def load_pairs(config: Config, encoding: tiktoken.Encoding
     for name, kept in token_splits.items():
         if not kept:
             raise ValueError(f"no pair is left for {name}: the lines above say what became of the "
-                             f"rows; give more pairs, or a larger --val_share")
+                             f"rows; give more pairs, or other shares (--val_share, --test_share)")
     return token_splits, audit
 
 
@@ -599,7 +602,11 @@ def check_same_run(folder: Path, config: Config, options: dict, audit: dict) -> 
 
 def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimizer,
               scaler: torch.amp.GradScaler, reference: dict[str, Tensor], state: State) -> None:
-    """Write last.pt: all that --resume needs. It gets its name only when it is whole."""
+    """Write last.pt: all that --resume needs. It gets its name only when it is whole.
+
+    No state of a random generator is among it: the order of the pairs follows from seed and step,
+    and fit draws nothing else.
+    """
     trained = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -22,8 +22,8 @@ DEMO = SET_UP + ".venv/bin/python train.py --demo"
 NOT_HERE = {
     DEMO: ".ci/run runs it",
     SET_UP.replace("ments", "ments-dev") + ".venv/bin/python -m pytest -q": ".ci/run runs it",
-    ".venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu":
-        "needs the network",
+    "python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 "
+    "--index-url https://download.pytorch.org/whl/cpu": "needs the network",
     "!git clone https://... dpo": "needs the network",
     "!pip install -q tiktoken": "needs the network",
     "!python train.py": "the main job, without what sets it up",

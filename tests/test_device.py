@@ -111,7 +111,7 @@ def test_padded_rows_stay_on_the_device():
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_forward_with_a_kv_cache_stays_on_the_device(kind):
     model = on_meta(kind)
-    keys = torch.zeros(2, 3, 2, 12, 4, device="meta")  # layers, rows, heads, places, width
+    keys = torch.zeros(2, 3, 12, 2, 4, device="meta")  # layers, rows, places, heads, width
     values = torch.zeros_like(keys)
     for length in (7, 1):                              # the prompts, then a token of each
         tokens = torch.zeros(3, length, dtype=torch.int64, device="meta")

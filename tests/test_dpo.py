@@ -11,6 +11,7 @@ import inspect
 import math
 import random
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -289,8 +290,11 @@ def example_batch(number: int) -> SimpleNamespace:
     return SimpleNamespace(tokens=tokens, mask=mask, indices=torch.arange(8) + 8 * number)
 
 
-def test_the_example_in_the_docstring_trains_a_model_of_transformers():
-    code = [line[4:] for line in dpo.__doc__.splitlines() if line.startswith("    ")]
+def test_the_example_in_the_comment_trains_a_model_of_transformers():
+    lines = Path(dpo.__file__).read_text().splitlines()
+    first = lines.index("#     import torch")
+    last = lines.index("", first)                      # the first line that is no comment
+    code = [line[6:] for line in lines[first:last]]
     code.append("    losses.append(metrics['loss'])")   # still inside the example's loop
     torch.manual_seed(0)
     config = TransformersConfig(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=20,

@@ -90,20 +90,18 @@ def test_of_a_source_without_a_vocabulary_only_the_settings_are_written(config, 
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["tokenizer_config.json"]
 
 
-def test_the_four_files_of_the_hub_are_passed_on_but_for_its_settings(config, tmp_path):
+def test_the_vocabulary_of_the_hub_is_passed_on_and_the_settings_are_our_own(config, tmp_path):
     """Whether the model was given as a folder or as a file."""
     source = Path(config.model)
-    for name in data.TOKENIZER_FILES:
+    for name in (*data.TOKENIZER_FILES, "tokenizer_config.json"):
         (source / name).write_text(f'"{name}"')
     for model in (source, source / "model.safetensors"):
         (tmp_path / "best").mkdir()
         train.save_tokenizer(train.Config(model=str(model)), tmp_path / "best")
         for name in data.TOKENIZER_FILES:
-            text = (tmp_path / "best" / name).read_text()
-            if name == "tokenizer_config.json":
-                assert json.loads(text)["chat_template"] == train.CHAT_TEMPLATE
-            else:
-                assert text == f'"{name}"'
+            assert (tmp_path / "best" / name).read_text() == f'"{name}"'
+        settings = json.loads((tmp_path / "best" / "tokenizer_config.json").read_text())
+        assert settings["chat_template"] == train.CHAT_TEMPLATE
         shutil.rmtree(tmp_path / "best")
 
 

@@ -39,8 +39,7 @@ def tiny_hub(source: Path) -> World:
     tokenizer = transformers.GPT2Tokenizer(str(conftest.vocabulary() / "encoder.json"),
                                            str(conftest.vocabulary() / "vocab.bpe"))
     tokenizer.save_pretrained(source)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        hub.small[f"{at}/{name}"] = (source / name).read_bytes()
+    hub.small[f"{at}/tokenizer.json"] = (source / "tokenizer.json").read_bytes()
 
     for number, subset in enumerate(data.SUBSETS):
         for split, count in (("train", 12), ("test", 3)):
@@ -99,7 +98,7 @@ def test_a_run_from_nothing_through_every_mishap(hub, tmp_path):
     assert steps == sorted(set(steps), key=lambda step: (step[0] == "dpo", step[1]))
 
     best = folder / "out" / "best"
-    expected = {*data.TOKENIZER_FILES, "config.json", "model.safetensors"}
+    expected = {*data.TOKENIZER_FILES, "tokenizer_config.json", "config.json", "model.safetensors"}
     assert set(os.listdir(best)) == set(os.listdir(folder / "out" / "sft")) == expected
     chat = [{"role": "user", "content": "Yes?"}]
     answer = transformers.pipeline("text-generation", model=str(best))(chat, max_new_tokens=3)

@@ -533,7 +533,7 @@ def test_a_server_that_never_answers(run, serve, capsys, monkeypatch):
 
 
 def test_a_busy_server_is_asked_again_after_as_long_as_it_says(serve, tmp_path, monkeypatch):
-    """Or after 1, 2, 4, ... seconds, where it says nothing."""
+    """Or after 2, 4, 8, ... seconds, where it says nothing."""
     waits = []
     server = serve()
     monkeypatch.setattr(judge.time, "sleep", waits.append)
@@ -542,7 +542,7 @@ def test_a_busy_server_is_asked_again_after_as_long_as_it_says(serve, tmp_path, 
     asking = judge.Judge(server.url, "llama2", False, tmp_path / "verdicts.jsonl")
     with pytest.raises(OSError, match="the answer was 503"):
         asking("Hi", "Hello", "Go away")
-    assert waits == [1, 7, 4, 8, 16, 32]
+    assert waits == [2, 7, 8, 16, 32, 64]
 
 
 @pytest.mark.parametrize(("status", "body", "shown"), [

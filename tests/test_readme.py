@@ -103,7 +103,7 @@ def test_every_command_names_a_file_and_options_that_exist():
     found = commands()
     assert len(found) >= 12
     for command in found:
-        for name in re.findall(r"(?:tests/)?\w+\.py", command):
+        for name in re.findall(r"(?:tests/)?\w+\.py\b", command):
             assert (ROOT / name).exists(), command
             known = options.get(name)
             if known is None:
@@ -173,13 +173,23 @@ def test_the_defaults_are_those_of_the_program():
         ["`--sft_epochs`, passes over the pairs in SFT; its loss is a mean over tokens",
          str(adapters.sft_epochs)],
         ["`--epochs`, passes in DPO",
-         f"250 / (updates in a pass), rounded, from {fewest} to {most}"],
-        ["`--vals`, validations after the one before the first update",
-         f"{adapters.vals}, evenly spaced; the weights of the lowest loss are kept"],
+         f"as many as make about 250 updates, from {fewest} to {most}"],
+        ["`--vals`, validations",
+         f"one before the first update, then {adapters.vals}, evenly spaced; the weights of the "
+         f"lowest validation loss are kept"],
         ["`--patience`", f"{adapters.patience}: training ends when so many validations in a row "
                          f"bring no lower loss"],
+        ["all others", "`python train.py --help` explains them"],
     ]
     assert f"\n{len(bugs.BUGS)} bugs that DPO code has had" in README
+
+
+def test_the_optimum_of_the_demo_follows_from_its_start():
+    """At beta 1 the best policy multiplies the odds of an answer with "!" by e to its reward, 4."""
+    before = float(re.search(r"before DPO  (\S+)% of", README)[1])
+    odds = before / (100 - before) * math.exp(data.DEMO_REWARD)
+    text = f"(The optimum of beta 1 is {odds / (1 + odds):.1%}: the odds of {before}%, times e^4.)"
+    assert text in " ".join(README.split())
 
 
 def test_the_lines_of_log_probabilities_are_sequence_logps():
@@ -201,8 +211,8 @@ def test_one_update_in_short_is_that_of_train_step():
 
 
 def example(text: str) -> str:
-    """The code that begins with the import from dpo, and ends where its indentation does."""
-    start = text.index("    from dpo import")
+    """The code that begins with an import of torch, and ends where its indentation does."""
+    start = text.index("    import torch\n")
     lines = []
     for line in text[start:].splitlines():
         if line and not line.startswith("    "):
@@ -212,7 +222,10 @@ def example(text: str) -> str:
 
 
 def test_the_example_is_that_of_dpo():
-    assert example(README) == example(dpo.__doc__)
+    """There it is a comment, at the end of section 4."""
+    source = Path(dpo.__file__).read_text()
+    comments = [line.removeprefix("# ").removeprefix("#") for line in source.splitlines()]
+    assert example(README) == example("\n".join(comments[comments.index("    import torch"):]))
 
 
 def test_the_example_trains_a_transformers_model_from_its_own_log_probabilities():
