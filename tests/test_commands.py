@@ -1,8 +1,8 @@
 """Every command of the README runs as it stands, in a copy of the project.
 
-Servers on this machine play the Hugging Face hub and the judge's server. Two things differ from a
-reader's call: the hub's files are tiny, so their hashes are not the known ones; and the judge's
-server has a free port in place of its usual one.
+The run that is judged is of own pairs. Servers on this machine play the Hugging Face hub and the
+judge's server. Two things differ from a reader's call: the hub's files are tiny, so their hashes
+are not the known ones; and the judge's server has a free port in place of its usual one.
 """
 
 import json
@@ -21,13 +21,15 @@ SET_UP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && 
 DEMO = SET_UP + ".venv/bin/python train.py --demo"
 NOT_HERE = {
     DEMO: ".ci/run runs it",
-    SET_UP.replace("ments", "ments-dev") + ".venv/bin/python -m pytest -q": ".ci/run runs it",
+    SET_UP.replace("ments", "ments-dev") + ".venv/bin/python -m pytest -q -n 2": ".ci/run runs it",
     "python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 "
     "--index-url https://download.pytorch.org/whl/cpu": "needs the network",
     "!git clone https://... dpo": "needs the network",
     "!pip install -q tiktoken": "needs the network",
-    "!python train.py": "the main job, without what sets it up",
-    "uv run train.py": "the main job, set up by uv",
+    SET_UP + ".venv/bin/python train.py": "tests/test_hub.py runs it",
+    "!python train.py": "tests/test_hub.py runs it",
+    "uv run train.py": "tests/test_hub.py runs it, not set up by uv",
+    'transformers.pipeline("text-generation", model="out/best")': "tests/test_hub.py runs it",
     "python -m pytest tests/test_gpu.py": "these tests are among the ones that run this one",
 }
 # The others, in an order in which each finds what it needs; and what the screen then shows.
@@ -35,13 +37,11 @@ HERE = {
     '.venv/bin/python judge.py out/demo --ask "Name a lucky digit." --seed 3': "--- tuned: after",
     "python train.py --help": "examples:",
     "python train.py --pairs mine.jsonl": "result out/best | test accuracy",
-    SET_UP + ".venv/bin/python train.py": "result out/best | test accuracy",
     "python tests/curves.py out": "",
     'python judge.py out --ask "How do I bake bread?"': "--- untuned: ",
     "python judge.py out --blind": "95%",
     "python judge.py out": "report.md",
     "--url http://localhost:8080 --judge NAME": "report.md",
-    'transformers.pipeline("text-generation", model="out/best")': "TextGenerationPipeline",
 }
 
 
@@ -78,7 +78,7 @@ def folder(tmp_path_factory) -> Path:
     python.chmod(0o755)
 
     lines = []
-    for i in range(60):
+    for i in range(30):
         line = {"prompt": f"Question {i}?", "chosen": "Yes, gladly.", "rejected": "No."}
         lines.append(json.dumps(line))
     (folder / "mine.jsonl").write_text("\n".join(lines))
@@ -102,17 +102,12 @@ def test_a_command_runs_as_it_stands(command, folder, hub, judges):
     environment = os.environ | {"HF_ENDPOINT": hub.hub, "NO_PROXY": "*", "OMP_NUM_THREADS": "1",
                                 "PATH": f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}"}
     shown = HERE[command]
-    line = command.removeprefix(SET_UP)
-    if line.startswith("transformers"):
-        line = f"python -c 'import transformers; print({line})'"
+    line = command
     if line.startswith("--url"):
         line = "python judge.py out " + line
         line = line.replace("http://localhost:8080", judges["http://localhost:8080"].url)
     elif line == "python judge.py out":
         line += " --url " + judges[""].url
-    if line.endswith("train.py"):
-        for name in ("config.json", "metrics.jsonl", "last.pt"):
-            (folder / "out" / name).unlink(missing_ok=True)     # of the run on pairs of one's own
     done = subprocess.run(line, shell=True, cwd=folder, env=environment, input="a\nb\nq\n",
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
