@@ -299,10 +299,10 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 
     At this moment all rewards are 0 and the loss of equation 7 is log 2. (In the batches of the
     updates, where other pairs stand together, they are nearly so.) If they are not, training would
-    still run, towards a wrong goal. This check catches dropout that was left on, a
-    reference that another checkpoint gave, and an adapter that changes the model before it has
-    learnt anything; and a wrong order of the pairs, as far as this batch shows it. It can't catch
-    what is wrong in both alike, such as a wrong mask.
+    still run, towards a wrong goal. This check catches dropout that was left on, a reference that
+    another checkpoint gave, and an adapter that changes the model before it has learnt anything;
+    and a wrong order of the pairs, as far as this batch shows it. It can't catch what is wrong in
+    both alike, such as a wrong mask.
 
     Only rounding is allowed: some devices add up numbers in a changing order. We chose 4 times
     float32's relative precision. For logps near -150 that is 4 * 1.2e-7 * 150 = 0.00007 nats.

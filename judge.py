@@ -493,8 +493,10 @@ class Judge:
                   "additionalProperties": False}
         # The two dialects in which servers are told a schema. The first is OpenAI's own.
         # choose_format finds out which one the server knows.
-        self.response_format = {"type": "json_schema",
-                       "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+        self.response_format = {
+            "type": "json_schema",
+            "json_schema": {"name": "verdict", "strict": True, "schema": schema},
+        }
         self.other_response_format = {"type": "json_object", "schema": schema}
 
         self.key = os.environ.get("JUDGE_API_KEY", "")
@@ -504,7 +506,7 @@ class Judge:
 
     def choose_format(self) -> None:
         """Ask a fixed question: is the server there, and which dialect does it know?"""
-        question = self.question_of("Say hello.", "Hello!", "Go away.")       # any letter will do
+        question = self.question_of("Say hello.", "Hello!", "Go away.")  # any letter will do
         response = self.post(question)
         if response.status_code != 200 and "response_format" in response.text:
             # It complained about this very field.

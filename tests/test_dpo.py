@@ -640,7 +640,6 @@ def test_one_update_is_the_five_lines_of_its_docstring():
     assert model.w.grad is None and plain.w.grad is None
 
 
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     """Neither weights nor moments; the next update is that of a run that never saw it."""

@@ -175,8 +175,8 @@ def test_the_defaults_are_those_of_the_program():
         ["`--epochs`, passes in DPO",
          f"as many as make about 250 updates, from {fewest} to {most}"],
         ["`--vals`, validations",
-         f"one before the first update, then {adapters.vals}, evenly spaced; the weights of the "
-         f"lowest validation loss are kept"],
+         f"one before the first update, then at most {adapters.vals}, evenly spaced; the weights "
+         f"of the lowest validation loss are kept"],
         ["`--patience`", f"{adapters.patience}: training ends when so many validations in a row "
                          f"bring no lower loss"],
         ["all others", "`python train.py --help` explains them"],
@@ -188,7 +188,8 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
     """At beta 1 the best policy multiplies the odds of an answer with "!" by e to its reward, 4."""
     before = float(re.search(r"before DPO  (\S+)% of", README)[1])
     odds = before / (100 - before) * math.exp(data.DEMO_REWARD)
-    text = f"(The optimum of beta 1 is {odds / (1 + odds):.1%}: the odds of {before}%, times e^4.)"
+    optimum = odds / (1 + odds)
+    text = f"(The optimum of beta 1 is about {optimum:.1%}: the odds of {before}%, times e^4.)"
     assert text in " ".join(README.split())
 
 
