@@ -486,19 +486,16 @@ class TargetLogps(torch.autograd.Function):
         log_softmax = logits.log_softmax(0)                            # prediction, as CPUs like
         logps = log_softmax.gather(0, targets[None, :]).squeeze(0)     # (M,)
 
-    autograd would keep all V x M numbers of log_softmax for these lines. So both derivatives are
-    written out here. For one prediction, with h for its row of hidden and V words in the head:
+    autograd would keep all V x M numbers of log_softmax for these lines. Here the derivatives are
+    made piece by piece. That of log p(target) by the logits is one_hot(target) - softmax. Through
+    the product head @ h.T it becomes two products:
 
-        log p(target) = h . head[target] - log(sum over all words of exp(h . head[word]))
+        by h       (one_hot - softmax).T @ head        (piece, V) @ (V, C)
+        by head    (one_hot - softmax) @ h             (V, piece) @ (piece, C)
 
-        its derivative by h is           head[target] - sum of softmax[word] * head[word]
-        its derivative by head[word] is  (1 if word is the target, else 0) * h - softmax[word] * h
-
-    The first needs nothing that comes later, so the forward pass makes it at once, while it has the
-    logits. The second is as large as the head, and only there if the head trains: the backward pass
-    makes it, from logits that are computed once more. There each h comes with a weight, the
-    gradient that arrives for its prediction. The sums over all predictions are products of
-    matrices, softmax (V, M) @ weighted h (M, C), piece by piece.
+    The forward pass makes the first at once, while it has the softmax. The second is made only if
+    the head trains, and in the backward pass, by a softmax that is computed once more: each h is
+    multiplied there by the gradient that arrives for its prediction.
     """
 
     @staticmethod
@@ -510,8 +507,9 @@ class TargetLogps(torch.autograd.Function):
             log_softmax = logits.log_softmax(0)                              # (V, piece)
             logps.append(log_softmax.gather(0, target[None, :]).squeeze(0))  # (piece,)
             if ctx.needs_input_grad[0]:
-                softmax = log_softmax.exp_().to(h.dtype)       # in place: gather has copied
-                slopes.append(head[target] - softmax.T @ head)               # (piece, C)
+                softmax = log_softmax.exp_()           # in place: gather has copied
+                d_logits = one_hot_minus(softmax, target).to(h.dtype)        # (V, piece)
+                slopes.append(d_logits.T @ head)                             # (piece, C)
         ctx.save_for_backward(hidden, head, targets, torch.cat(slopes) if slopes else None)
         ctx.piece = piece
         return torch.cat(logps)
@@ -525,24 +523,33 @@ class TargetLogps(torch.autograd.Function):
             d_hidden = (grad[:, None] * slopes).to(hidden.dtype)             # (M, C)
         d_head = None
         if ctx.needs_input_grad[1]:
-            # Products are in the number format of hidden, sums in float32.
+            # Products are in the number format of hidden, their sum is in float32.
             weighted = (grad[:, None] * hidden).to(hidden.dtype)             # (M, C)
             d_head = torch.zeros_like(head, dtype=grad.dtype)                # (V, C)
-            d_head.index_add_(0, targets, weighted.to(grad.dtype))           # the term of targets
-            for h, w in zip(hidden.split(ctx.piece), weighted.split(ctx.piece), strict=True):
-                logits = at_least_float32(head @ h.T)                        # (V, piece)
-                softmax = logits.softmax(0).to(h.dtype)                      # (V, piece)
-                subtract_product(d_head, softmax, w)                         # the other term
+            pieces = zip(hidden.split(ctx.piece), weighted.split(ctx.piece),
+                         targets.split(ctx.piece), strict=True)
+            for h, weighted_h, target in pieces:
+                softmax = at_least_float32(head @ h.T).softmax(0)            # (V, piece)
+                d_logits = one_hot_minus(softmax, target).to(h.dtype)        # (V, piece)
+                add_product(d_head, d_logits, weighted_h)
             d_head = d_head.to(head.dtype)
         return d_hidden, d_head, None, None            # targets and piece have no gradient
 
 
-def subtract_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total -= a @ b, in place. total may be float32 where a and b are bfloat16 or float16."""
+def one_hot_minus(softmax: Tensor, target: Tensor) -> Tensor:
+    """one_hot(target) - softmax, (V, piece), in the memory of `softmax`."""
+    result = softmax.neg_()
+    column = torch.arange(len(target), device=target.device)
+    result[target, column] += 1
+    return result
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in place. total may be float32 where a and b are bfloat16 or float16."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b, alpha=-1)                   # without memory for the product
+        total.addmm_(a, b)                             # without memory for the product
     else:
-        total -= a @ b
+        total += a @ b
 
 
 # 6. Variants of the loss ------------------------------------------------------------------------
