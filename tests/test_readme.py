@@ -168,17 +168,18 @@ def test_the_defaults_are_those_of_the_program():
     assert train.epochs_for(250 * 32 // 5, 32) == 5
     assert table("option") == [
         ["`--beta`", str(adapters.beta)],
-        ["`--lr`, the highest rate of DPO", rates.replace("e-0", "e-")],
+        ["`--lr`, the peak learning rate of DPO", rates.replace("e-0", "e-")],
         ["`--batch_pairs`, in an update", str(adapters.batch_pairs)],
-        ["`--sft_epochs`, passes over the pairs in SFT; its loss is a mean over tokens",
-         str(adapters.sft_epochs)],
+        ["`--sft_epochs`, passes over the pairs in SFT", str(adapters.sft_epochs)],
         ["`--epochs`, passes in DPO",
-         f"as many as make about 250 updates, from {fewest} to {most}"],
-        ["`--vals`, validations",
-         f"one before the first update, then at most {adapters.vals}, evenly spaced; the weights "
-         f"of the lowest validation loss are kept"],
-        ["`--patience`", f"{adapters.patience}: training ends when so many validations in a row "
-                         f"bring no lower loss"],
+         f"as many as make about 250 updates, from {fewest} to {most}: "
+         f"{train.epochs_for(1000, 32)} for 1,000 training pairs, {fewest} for all of hh-rlhf"],
+        ["`--warmup_share`, of the updates, in which the rate grows to its peak",
+         str(adapters.warmup_share)],
+        ["`--vals`, validations, evenly spaced, beside the one before the first update",
+         f"{adapters.vals} at most"],
+        ["`--patience`, validations in a row without a new lowest loss, after which training ends",
+         str(adapters.patience)],
         ["all others", "`python train.py --help` explains them"],
     ]
     assert f"\n{len(bugs.BUGS)} bugs that DPO code has had" in README
@@ -189,12 +190,13 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
     before = float(re.search(r"before DPO  (\S+)% of", README)[1])
     odds = before / (100 - before) * math.exp(data.DEMO_REWARD)
     optimum = odds / (1 + odds)
-    text = f"(The optimum of beta 1 is about {optimum:.1%}: the odds of {before}%, times e^4.)"
+    text = (f"the demo's beta is 1, so the odds of \"!\", {before} to {100 - before:.1f} before DPO, "
+            f"times e^4 are those of the optimum: {optimum:.1%}.")
     assert text in " ".join(README.split())
 
 
 def test_the_lines_of_log_probabilities_are_sequence_logps():
-    block = README[README.index("    log_softmax = model("):].split("\n\n")[0]
+    block = README[README.index("    targets = tokens["):].split("\n\n")[0]
     torch.manual_seed(0)
     logits = torch.randn(2, 4, 7)
     names = {"model": lambda tokens: logits, "tokens": torch.randint(0, 7, (2, 5)),
