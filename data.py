@@ -55,9 +55,9 @@ class Pair(NamedTuple):
     chosen:   " Blue is a color."
     rejected: " Red."
 
-    A response keeps its leading space. GPT-2's tokens begin with the space before a word: " Blue"
-    is one token. So, where a response begins with a space, as in hh-rlhf, prompt and response can
-    be tokenized apart, and no token would have reached from one into the other.
+    A response keeps its leading space, as GPT-2's tokens begin with the space before a word:
+    "Assistant: Blue" is the tokens "Assistant", ":" and " Blue". So, where a response begins with
+    a space, as in hh-rlhf, prompt and response have the same tokens apart as together.
     """
     prompt: str
     chosen: str
@@ -177,17 +177,18 @@ def split(pairs: list[Pair], test: list[Pair], val_share: float,
     would be trained on and tested on.
     """
     splits = {"train": [], "val": [], "test": list(test)}
-    dropped = Counter({"prompt is in test": 0})
+    dropped = Counter({"prompt is in test": 0})    # to be shown even where it stays 0
     test_prompts = {pair.prompt for pair in test}
+    share_of_test = test_share
     if test:
-        test_share = 0.0           # nothing more goes there
+        share_of_test = 0.0        # nothing more goes there
     for pair in pairs:
         fraction = fraction_of(pair.prompt)
         if pair.prompt in test_prompts:
             dropped["prompt is in test"] += 1
         elif fraction < val_share:
             splits["val"].append(pair)
-        elif fraction < val_share + test_share:
+        elif fraction < val_share + share_of_test:
             splits["test"].append(pair)
         else:
             splits["train"].append(pair)
@@ -208,20 +209,20 @@ def fraction_of(prompt: str) -> float:
 
 
 class TokenPair(NamedTuple):
-    """The ids of a pair: int32 arrays, or lists. A response ends with end-of-text, or was cut."""
-    prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
+    """The ids of a pair. A response ends with end-of-text, or was cut."""
+    prompt: np.ndarray | list[int]
+    chosen: np.ndarray | list[int]
+    rejected: np.ndarray | list[int]
 
 
 def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
              max_prompt_tokens: int) -> tuple[list[TokenPair], Counter]:
     """The ids of the pairs; and how many pairs were "cut", or dropped as "equal after cutting".
 
-    A prompt that is too long loses its beginning. It is cut first, so both responses share it. Each
-    response may then fill what is left of max_tokens. A response that is too long loses its end and
-    has no end-of-text token, as it does not end there. A "<|endoftext|>" that somebody has typed
-    stays text.
+    A prompt longer than max_prompt_tokens loses its beginning. It is cut first, so both responses
+    share it. Each response may then fill what is left of max_tokens. A response that is too long
+    loses its end and has no end-of-text token, as it does not end there. A "<|endoftext|>" that
+    somebody has typed stays text.
 
     Raises ValueError unless 0 < max_prompt_tokens < max_tokens.
     """
@@ -300,14 +301,15 @@ def pad(pairs: list[TokenPair], indices: Sequence[int]) -> PaddedBatch:
 class PackedBatch(NamedTuple):
     """B pairs, packed: the tokens stand in one line, each prompt once, then its two responses.
 
-    dpo.packed_logps shows the batch of two short pairs with all its numbers. A batch for supervised
-    fine-tuning has the chosen responses alone: B instead of 2B. int64 where nothing else is said.
+    dpo.packed_logps shows the batch of two short pairs with all its numbers, and what they are for.
+    A place counts along the line. A batch for supervised fine-tuning has the chosen responses
+    alone: B instead of 2B. int64 where nothing else is said.
     """
     tokens: Tensor                 # (N,) the ids that the model reads
     positions: Tensor              # (N,) of each token in its row, from 0
-    grids: tuple[Tensor, ...]      # (R, T) each: rows for attention; a cell is a place in `tokens`
-    cells: Tensor                  # (N,) for each token the cell with its result; see make_grids
-    predicts: Tensor               # (M,) the places in `tokens` that predict a token of a response
+    to_rows: tuple[Tensor, ...]    # (R, T) each, a grid of rows for attention: places in the line
+    to_line: Tensor                # (N,) for each token the number of the cell with its result
+    predicts: Tensor               # (M,) the places in the line that predict a token of a response
     targets: Tensor                # (M,) the ids that are predicted there
     owner: Tensor                  # (M,) the response, 0 to 2B - 1, to which the target belongs
     response_lengths: Tensor       # (2B,) how many tokens each response has
@@ -319,8 +321,8 @@ class PackedBatch(NamedTuple):
         return PackedBatch(
             tokens=self.tokens.to(device),
             positions=self.positions.to(device),
-            grids=tuple(grid.to(device) for grid in self.grids),
-            cells=self.cells.to(device),
+            to_rows=tuple(grid.to(device) for grid in self.to_rows),
+            to_line=self.to_line.to(device),
             predicts=self.predicts.to(device),
             targets=self.targets.to(device),
             owner=self.owner.to(device),
@@ -383,14 +385,15 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference: Tensor | Non
         reference_logps = torch.full((len(all_rows),), math.nan)
     else:
         assert sides == SIDES, f"the reference is of both sides, the batch of {sides}"
-        chosen, rejected = reference[:, indices]                   # (B,) each
+        chosen = reference[0, indices]                             # (B,)
+        rejected = reference[1, indices]                           # (B,)
         reference_logps = torch.cat([chosen, rejected])            # (2B,)
-    grids, cells = make_grids(all_rows, length, grid_count)
+    to_rows, to_line = make_grids(all_rows, length, grid_count)
     return PackedBatch(
         tokens=joined(line),
         positions=joined(positions),
-        grids=grids,
-        cells=cells,
+        to_rows=to_rows,
+        to_line=to_line,
         predicts=joined(predicts),
         targets=joined(all_responses),
         owner=joined(owner),
@@ -402,37 +405,33 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference: Tensor | Non
 
 def make_grids(rows: list[np.ndarray], length: int,
                count: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Rows in up to `count` grids, of rows of like length; and for each token one of its cells.
+    """to_rows and to_line of a PackedBatch: the way into attention's rows, and back to the line.
 
-    dpo.packed_logps shows a grid and the numbers of its cells: they go on from row to row, and from
-    grid to grid. A row is an array of places in the line, which has `length` tokens. Padding is
-    place 0: the model computes something there, and nothing reads it. Rows of 2, 3 and 40 tokens
-    fill 3 x 40 cells of one grid, but 2 x 3 and 1 x 40 cells of two.
+    rows: of each response the places of its tokens, the prompt's first. length: of the line.
+    count: the rows stand in up to so many grids, each with rows of like length. Rows of 2, 3 and 40
+    tokens fill 3 x 40 cells of one grid, but 2 x 3 and 1 x 40 cells of two. Padding is place 0: the
+    model computes something there, and nothing reads it.
 
-    For DPO a prompt stands in two rows. Its tokens have the same results in both, as no token sees
-    what comes later, so one of the two may be taken. Each response still sees its prompt, in its
-    own row, so no gradient is lost: tests/test_dpo.py compares all of them with those of padded
-    rows.
+    A prompt that stands in two rows has the same results in both, as no token sees what comes
+    later. So to_line may take those of one. No gradient is lost: the other response still sees the
+    prompt in its own row. tests/test_dpo.py compares all gradients with those of padded rows.
     """
-    order = np.arange(len(rows))
     if count > 1:
-        order = np.argsort([len(row) for row in rows], kind="stable")
-    grids = []
-    cells = np.zeros(length, np.int64)
-    first_cell = 0                 # of the grid, counted through all grids
-    for group in np.array_split(order, min(count, len(rows))):
-        width = max(len(rows[number]) for number in group)
+        rows = sorted(rows, key=len)
+    group_size = math.ceil(len(rows) / count)
+    to_rows = []
+    to_line = np.zeros(length, np.int64)
+    cell = 0                       # the number of the first cell of a row, through all grids
+    for first in range(0, len(rows), group_size):
+        group = rows[first:first + group_size]
+        width = max(len(row) for row in group)
         grid = np.zeros((len(group), width), np.int64)
-        for i, number in enumerate(group):
-            row = rows[number]
+        for i, row in enumerate(group):
             grid[i, :len(row)] = row
-            # The cells of this row begin at row_start. Where a prompt stands in two rows, the later
-            # row overwrites what the earlier one wrote.
-            row_start = first_cell + i * width
-            cells[row] = row_start + np.arange(len(row))
-        grids.append(torch.from_numpy(grid))
-        first_cell += grid.size
-    return tuple(grids), torch.from_numpy(cells)
+            to_line[row] = cell + np.arange(len(row))  # of a prompt the last row's numbers stay
+            cell += width
+        to_rows.append(torch.from_numpy(grid))
+    return tuple(to_rows), torch.from_numpy(to_line)
 
 
 def joined(arrays: list) -> Tensor:
@@ -449,7 +448,8 @@ def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: in
     An epoch holds each pair once; its last update may have fewer pairs. The order is shuffled anew
     for each epoch, and follows from (seed, epoch) alone: so a resumed run sees the same batches.
     An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs:
-    a batch of pairs of like length has little padding. reference, sides, grid_count: see pack.
+    where pairs are of like length, attention's rows have little padding. reference, sides,
+    grid_count: see pack.
     """
     updates_per_epoch = math.ceil(len(pairs) / batch_pairs)
     for update in itertools.count(start):
@@ -759,11 +759,12 @@ def receive(url: str, file: BinaryIO, label: str, sha256: str) -> None:
         if code == 200:                            # the whole file, whatever was asked for
             file.truncate(0)
             done = 0
-        fits = code == 200 or (code == 206 and first_byte_of(answer) == done)
-        nothing_is_missing = code == 416 and done == size
-        if fits:
             append(answer, file, label, done, size)
-        elif not nothing_is_missing:
+        elif code == 206 and first_byte_of(answer) == done:
+            append(answer, file, label, done, size)
+        elif code == 416 and done == size:
+            pass                                   # nothing is missing
+        else:
             file.truncate(0)
             raise requests.ConnectionError(f"the server can't go on after {done:,} bytes")
 

@@ -43,8 +43,10 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     paper's objective, mean reward - beta * KL(pi || pi_ref). The larger beta is, the closer the
     policy stays.
 
-    Returns the loss and the two implicit rewards, (B,) each. The rewards are for logging, so they
-    carry no gradient.
+    Returns the loss and the two implicit rewards, (B,) each. That objective is highest where
+    pi = pi_ref * exp(reward / beta) / Z(prompt). So a policy's implicit reward is
+    beta * log(pi / pi_ref), but for a part that depends on the prompt alone, and cancels in the
+    loss. The rewards are for logging, so they carry no gradient.
 
     >>> logp = torch.tensor([-3.0])
     >>> loss, _, _ = dpo_loss(logp, logp, logp, logp, beta=0.1)
@@ -88,7 +90,7 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
 
     log_softmax = logits.log_softmax(-1)                                   # (R, T-1, V)
     token_logps = log_softmax.gather(-1, targets[:, :, None]).squeeze(-1)  # (R, T-1)
-    # Filled, not multiplied by the mask: -inf * 0 would be nan.
+    # Filled, not multiplied by the mask: -inf * 0 would be nan, where a model forbids a token.
     token_logps = token_logps.masked_fill(~is_response, 0.0)
     return token_logps.sum(-1)                         # a sum, not a mean: of a whole response
 
@@ -111,7 +113,8 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
     training, and it is the very model that training then starts from. So no second model stands in
     memory, and no update computes the reference again.
 
-    logps_of(model, batch): the logps (2B,) of a batch, chosen first. batches: together they hold
+    logps_of(model, batch): a function of yours that returns the logps (2B,) of a batch, chosen
+    first, by sequence_logps or by packed_logps. batches: together they hold
     each pair once; batch.indices (B,) int64 are the pairs' places in the data set, from 0 to
     pair_count - 1. A pair that no batch holds has nan.
     """
@@ -176,7 +179,8 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     scale = 1 + z**2 / count
     center = (mean + z**2 / (2 * count)) / scale
     half_width = z * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2)) / scale
-    return max(0.0, center - half_width), min(1.0, center + half_width)    # rounding apart
+    # Without rounding, neither end would leave [0, 1].
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 # 4. Training ------------------------------------------------------------------------------------
@@ -187,9 +191,10 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     """The learning rate of update number `step`, which counts from 0 to total_steps - 1.
 
     It grows linearly to `peak` over the first warmup_steps updates. Then it falls along half a
-    cosine, from `peak` to final * peak at the last update. A warm-up begins with
-    peak / warmup_steps, not 0: an update with a rate of 0 would be wasted. Below, the updates 0 and
-    1 warm up, and the updates 2 to 6 are the cosine, so the peak comes twice.
+    cosine, from `peak` to final * peak at the last update. (Where the warm-up leaves no room for a
+    cosine, the rate stays at `peak`.) A warm-up begins with peak / warmup_steps, not 0: an update
+    with a rate of 0 would be wasted. Below, the updates 0 and 1 warm up. The updates 2 to 6 are the
+    cosine, so the peak comes twice.
 
     >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
@@ -198,7 +203,7 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
         return peak * (step + 1) / warmup_steps
 
     last = total_steps - 1
-    if last <= warmup_steps:                                      # the cosine has no room to fall
+    if last <= warmup_steps:                                      # no room, and no division by 0
         return peak
     step = min(step, last)                                        # after the end, the rate stays
     done = (step - warmup_steps) / (last - warmup_steps)          # from 0 to 1
@@ -245,7 +250,8 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     loss_function(model, batch): a dict of (B,) tensors, "loss" among them, as dpo_metrics returns.
     max_norm: a longer gradient is shortened to this length.
     scaler: for float16, whose small gradients would become 0. It multiplies the loss by a large
-    number before the backward pass, and divides the gradients by it after.
+    number, the scale, before the backward pass, and divides the gradients by it after (unscale_).
+    Where that found an inf or nan, update() lowers the scale; else it may raise it.
 
     Returns the mean of every metric over all pairs, "grad_norm" before the gradient was shortened,
     and "skipped", 0 or 1. A loss or gradient that is not finite makes no update: weights and
@@ -263,7 +269,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
         # one.
         loss = metrics["loss"].sum() / pair_count
         scaler.scale(loss).backward()                  # adds to the gradients that are there
-        # Without its graph, which is used up now.
+        # Detached: the numbers are kept, the graph that led to them is freed.
         parts.append({name: value.detach() for name, value in metrics.items()})
 
     scaler.unscale_(optimizer)                         # gradients back to their true size
@@ -275,7 +281,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
         scaler.step(optimizer)                         # optimizer.step()
-    scaler.update()        # needs no step: it lowers the scale if unscale_ found an inf or nan
+    scaler.update()                                    # also where there was no step
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -295,17 +301,19 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
     """Before the first update the policy must equal its reference. Raises ValueError if it doesn't.
 
     policy, reference (2B,): logps in nats of one batch. The policy must be asked with the very
-    batch that the reference was asked with: in another batch, bfloat16 rounds differently.
+    batch that the reference was asked with. Where other pairs stand together, sums are rounded in
+    another way, above all in bfloat16.
 
-    At this moment all rewards are 0 and the loss of equation 7 is log 2. (In the batches of the
-    updates, where other pairs stand together, they are nearly so.) If they are not, training would
-    still run, towards a wrong goal. This check catches dropout that was left on, a reference that
-    another checkpoint gave, and an adapter that changes the model before it has learnt anything;
-    and a wrong order of the pairs, as far as this batch shows it. It can't catch what is wrong in
-    both alike, such as a wrong mask.
+    At this moment all rewards are 0 and the loss of equation 7 is log 2. If they are not, training
+    would still run, towards a wrong goal. This check catches dropout that was left on, a reference
+    that another checkpoint gave, and an adapter that changes the model before it has learnt
+    anything; and a wrong order of the pairs, as far as this batch shows it. It can't catch what is
+    wrong in both alike, such as a wrong mask.
 
-    Only rounding is allowed: some devices add up numbers in a changing order. We chose 4 times
-    float32's relative precision. For logps near -150 that is 4 * 1.2e-7 * 150 = 0.00007 nats.
+    Only rounding is allowed: some devices add up numbers in a changing order. The limit is 4 times
+    float32's relative precision: for logps near -150, 4 * 1.2e-7 * 150 = 0.00007 nats. Any small
+    factor would do. In the bug collection of results/README.md an adapter that is not the identity
+    makes a difference of 0.002 nats, a reference of other pairs 0.2, another checkpoint 20.
     """
     difference = (policy - reference).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
@@ -328,12 +336,13 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 #     def logps_of(model, batch):
 #         return sequence_logps(lambda tokens: model(tokens).logits, batch.tokens, batch.mask)
 #
-#     # Without dropout, which would be noise in the rewards. No function of ours changes it.
+#     # Without dropout, which would be noise in the rewards. No function here calls train().
 #     model.eval()
 #     reference = reference_logps(logps_of, model, batches, pair_count=8 * len(batches))
 #
 #     def reference_of(batch):
-#         chosen, rejected = reference[:, batch.indices]  # of (2, all pairs): (8,) each
+#         chosen = reference[0, batch.indices]            # (8,)
+#         rejected = reference[1, batch.indices]          # (8,)
 #         return torch.cat([chosen, rejected])            # (16,), as logps_of returns them
 #
 #     def loss_function(model, batch):
@@ -359,11 +368,16 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 # - Logits of prompts and padding. The loss needs only those that predict a token of a response, and
 #   GPT-2's head, with its 50,257 tokens, is a large part of the model.
 #
-# In a packed batch the tokens stand in one line: each prompt once, then its two responses. Nearly
-# all that a Transformer does, it does to each token alone. There it needs no rows, and computes
-# none of these three things. Only attention needs rows. It gathers them from the line, prompts
-# twice and with some padding, and takes the results back to the line. train.py trains with packed
-# batches.
+# In a packed batch the tokens stand in one line: each prompt once, then its two responses. With p
+# for a token of the prompt, c of the chosen response and r of the rejected one, a pair is
+#
+#     padded rows    p p p c c c c         one line    p p p c c c c r r
+#                    p p p r r . .
+#
+# Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and
+# computes none of these three things. Only attention needs rows. It gathers them from the line,
+# prompts twice and with some padding, and takes the results back to the line. train.py trains with
+# packed batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
 # two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit e764479):
@@ -371,7 +385,7 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 #     45.2    padded rows, by sequence_logps
 #     31.3    padded rows, with the logits of responses alone
 #     14.5    packed: each prompt once, and no padding outside attention
-#     13.3    packed, with attention's rows in eight grids: less padding there, too
+#     13.3    packed, and attention's rows in eight groups of like length, for less padding there
 #
 # Further letters: N tokens of a packed batch, M predictions, C width of the model.
 
@@ -381,9 +395,8 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     in another way. (B,) for the batches of SFT, which hold chosen responses alone.
 
     model: the GPT2 of model.py. batch: data.pack makes it from B pairs, see data.PackedBatch.
-    `piece`: logits exist for so many predictions at a time, also in the backward pass. 4,500
-    predictions, as 32 pairs of hh-rlhf have, times 50,257 tokens would fill 0.9 GB, several times
-    over.
+    piece: how many predictions have logits at a time, also in the backward pass. 4,500 predictions,
+    as 32 pairs of hh-rlhf have, times 50,257 tokens would fill 0.9 GB, several times over.
     tests/test_dpo.py holds this function equal to sequence_logps, with its gradients.
 
     Here are two pairs. 99 is the end-of-text token. The responses of pair 1 have none, as if they
@@ -410,38 +423,41 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     >>> batch.positions
     tensor([0, 1, 2, 3, 2, 0, 1])
 
-    Attention sees a grid of rows (here one grid), a row for each response. A cell of the grid holds
-    a place in the line. Cells are numbered row by row.
+    Attention sees a grid of rows, one for each response. to_rows says which place of the line
+    stands where: the rows of any x (7, C) of the line are x[to_rows[0]] (4, 4, C). The dots are
+    padding. In the tensor, padding is place 0, too: nobody reads the result there.
 
-        row of response             its tokens     its places   the numbers of its cells
-        0: chosen of pair 0         10 11 20 21    0  1  2  3     0  1  2  3
-        1: chosen of pair 1         12             5  .  .  .     4  5  6  7
-        2: rejected of pair 0       10 11 30       0  1  4  .     8  9 10 11
-        3: rejected of pair 1       12 41          5  6  .  .    12 13 14 15
+                                   tokens         to_rows        number in the grid
+        chosen of pair 0         10 11 20 21     0  1  2  3        0  1  2  3
+        chosen of pair 1         12  .  .  .     5  .  .  .        4  5  6  7
+        rejected of pair 0       10 11 30  .     0  1  4  .        8  9 10 11
+        rejected of pair 1       12 41  .  .     5  6  .  .       12 13 14 15
 
-    The dots are padding. In the tensor, padding is place 0, too: nobody reads the result there.
-
-    >>> batch.grids[0]
+    >>> batch.to_rows[0]       # of the only grid: data.pack can make several
     tensor([[0, 1, 2, 3],
             [5, 0, 0, 0],
             [0, 1, 4, 0],
             [5, 6, 0, 0]])
 
-    After attention, each of the 7 places takes its result from one cell: place 2, the token 20, has
-    that of cell 2. A prompt stands in two rows, and has the same result in both. The later row's is
-    taken: place 0, the token 10, stands in cells 0 and 8, and takes its result from cell 8.
+    to_line says for each place of the line where in the grid its result is, counted row by row: the
+    results y (4, 4, C) go back to the line by y.flatten(0, 1)[to_line] (7, C). Place 2, the token
+    20, has number 2. A prompt stands in two rows, with the same result in both, and the later one
+    is taken: place 0, the token 10, has the numbers 0 and 8, and to_line has 8.
 
-    >>> batch.cells            # of the places 0 to 6
+    >>> batch.to_line
     tensor([ 8,  9,  2,  3, 10, 12, 13])
 
     Each token of a response is predicted at one place: its first token at the prompt's last place,
-    and the others at the response's own places. So place 1 predicts both 20 and 30. The rows of
-    this tensor are the place, the token that it predicts, and the response to which that belongs:
+    and the others at the response's own places. So place 1 predicts both 20 and 30. For each
+    prediction, predicts is the place, targets the token that came, owner the response (0 to 3, in
+    the order of the rows above) to which it belongs:
 
-    >>> torch.stack([batch.predicts, batch.targets, batch.owner])
-    tensor([[ 1,  2,  3,  5,  1,  4,  5,  6],
-            [20, 21, 99, 40, 30, 99, 41, 42],
-            [ 0,  0,  0,  1,  2,  2,  3,  3]])
+    >>> batch.predicts
+    tensor([1, 2, 3, 5, 1, 4, 5, 6])
+    >>> batch.targets
+    tensor([20, 21, 99, 40, 30, 99, 41, 42])
+    >>> batch.owner
+    tensor([0, 0, 0, 1, 2, 2, 3, 3])
 
     The same four numbers as from padded rows:
 
@@ -452,16 +468,19 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     >>> torch.allclose(packed_logps(model, batch), sequence_logps(model, rows, mask.bool()))
     True
     """
-    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.grids, batch.cells)  # (N, C)
-    hidden = hidden.index_select(0, batch.predicts)    # (M, C): only what predicts a response
-
-    # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. Near 0 the steps are fine. So we
-    # subtract from the logits of each prediction their mean, which changes no softmax. A logit is
-    # h . head[token], so the mean logit is h . (the mean row of the head): we subtract that row
-    # from all rows. As no softmax changes, the gradient by the mean is 0; detach saves the work of
-    # finding that out.
+    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.to_rows, batch.to_line)
+    hidden = hidden.index_select(0, batch.predicts)    # (N, C) -> (M, C): what predicts a response
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
-    head = head - head.detach().mean(0)
+
+    # Against rounding. GPT-2's logits lie near -100, where bfloat16's steps are 0.5; near 0 the
+    # steps are fine. A softmax stays the same if all its logits are moved by the same number. So we
+    # take from each prediction's logits, h . head[token], their mean, h . mean_row:
+    #
+    #     h . head[token] - h . mean_row  =  h . (head[token] - mean_row)
+    #
+    # As the result doesn't depend on mean_row, its gradient is 0, and detach leaves it out.
+    mean_row = head.detach().mean(0)                   # (C,)
+    head = head - mean_row
 
     # Autocast does not reach into the backward pass that TargetLogps has of its own. Without these
     # casts its products would be in float32, and slow.
@@ -482,13 +501,15 @@ class TargetLogps(torch.autograd.Function):
     time. Apart from memory, this equals three lines. Read them in its place, and skip the
     rest of this class at first reading:
 
-        logits = at_least_float32(head @ hidden.T)                     # (V, M): a column for each
-        log_softmax = logits.log_softmax(0)                            # prediction, as CPUs like
+        logits = at_least_float32(head @ hidden.T)                     # (V, M)
+        log_softmax = logits.log_softmax(0)                            # (V, M)
         logps = log_softmax.gather(0, targets[None, :]).squeeze(0)     # (M,)
 
+    (A column for each prediction, not a row: this product is faster on CPUs.)
+
     autograd would keep all V x M numbers of log_softmax for these lines. Here the derivatives are
-    made piece by piece. That of log p(target) by the logits is one_hot(target) - softmax. Through
-    the product head @ h.T it becomes two products:
+    made piece by piece. The derivative of log p(target) by the logits is known from cross-entropy:
+    one_hot(target) - softmax. Through the product head @ h.T it becomes two products:
 
         by h       (one_hot - softmax).T @ head        (piece, V) @ (V, C)
         by head    (one_hot - softmax) @ h             (V, piece) @ (piece, C)
@@ -508,7 +529,7 @@ class TargetLogps(torch.autograd.Function):
             logps.append(log_softmax.gather(0, target[None, :]).squeeze(0))  # (piece,)
             if ctx.needs_input_grad[0]:
                 softmax = log_softmax.exp_()           # in place: gather has copied
-                d_logits = one_hot_minus(softmax, target).to(h.dtype)        # (V, piece)
+                d_logits = one_hot_minus_softmax(target, softmax).to(h.dtype)
                 slopes.append(d_logits.T @ head)                             # (piece, C)
         ctx.save_for_backward(hidden, head, targets, torch.cat(slopes) if slopes else None)
         ctx.piece = piece
@@ -530,17 +551,17 @@ class TargetLogps(torch.autograd.Function):
                          targets.split(ctx.piece), strict=True)
             for h, weighted_h, target in pieces:
                 softmax = at_least_float32(head @ h.T).softmax(0)            # (V, piece)
-                d_logits = one_hot_minus(softmax, target).to(h.dtype)        # (V, piece)
+                d_logits = one_hot_minus_softmax(target, softmax).to(h.dtype)
                 add_product(d_head, d_logits, weighted_h)
             d_head = d_head.to(head.dtype)
         return d_hidden, d_head, None, None            # targets and piece have no gradient
 
 
-def one_hot_minus(softmax: Tensor, target: Tensor) -> Tensor:
-    """one_hot(target) - softmax, (V, piece), in the memory of `softmax`."""
+def one_hot_minus_softmax(target: Tensor, softmax: Tensor) -> Tensor:
+    """target (piece,) and softmax (V, piece) -> (V, piece), in the memory of `softmax`."""
     result = softmax.neg_()
     column = torch.arange(len(target), device=target.device)
-    result[target, column] += 1
+    result[target, column] += 1                        # one in each column
     return result
 
 
@@ -583,10 +604,10 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
 
     if variant == "robust":
         # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share e = label_smoothing of the labels
-        # is wrong, the mean of this loss is what equation 7 would give with right labels. For a
-        # wrong label swaps right and wrong, so in the mean
-        #     right has the factor ((1 - e) * (1 - e) - e * e) / (1 - 2 * e) = 1
-        #     wrong has the factor (-(1 - e) * e + e * (1 - e)) / (1 - 2 * e) = 0
+        # is wrong, the mean of this loss is what equation 7 would give with right labels: a wrong
+        # label swaps right and wrong, so in the mean over labels
+        #     (1 - e) * ((1 - e) * right - e * wrong) + e * ((1 - e) * wrong - e * right)
+        #         = ((1 - e)**2 - e**2) * right  =  (1 - 2 * e) * right
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
@@ -601,7 +622,7 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
         # Liu et al. 2023 (arXiv:2309.06657): the hinge loss of SLiC on DPO's rewards.
         return F.relu(1 - margin)
 
-    assert variant == "sigmoid_norm"
+    # What is left is "sigmoid_norm".
     # Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in place of sums,
     # against the bias to long responses.
     return -F.logsigmoid(beta * difference_of_means)

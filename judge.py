@@ -6,12 +6,13 @@
 
 "out" is the folder that a run of train.py wrote.
 
-DPO itself is in dpo.py and train.py. This file measures what came of it. Read from top to bottom:
+DPO itself is in dpo.py and train.py. This file measures what came of it. Of DPO it needs only the
+log-probability of an answer, for the KL in section 6. Read from top to bottom:
 
 1. answers           the untuned model, the SFT model and the tuned model answer the same prompts
 2. ask               --ask shows the answers
-3. compare           which of two answers is better: a judge is asked in both orders
-4. win rate          from verdicts to a rate; --blind, where you are the judge
+3. compare           which of two answers is better: asked of a judge, in both orders, or of you
+4. win rate          from verdicts to a rate; the loop of --blind
 5. Llama 2           a judge on a server, whose verdicts are JSON by a schema
 6. report            what one needs to know before one believes a rate
 7. files             answers and verdicts are kept
@@ -29,7 +30,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,11 +67,12 @@ class Sampling(NamedTuple):
     seed: int
 
 
-def models_of(folder: Path, options: dict, names: Iterable[str] = tuple(NAMES)) -> dict[str, Path]:
+def models_of(folder: Path, options: dict, names: Sequence[str] = tuple(NAMES)) -> dict[str, Path]:
     """Where the weights of the models in `names` are.
 
-    folder: of the run. options: those of train.py, as the run has kept them (data.read_run). A run
-    of `train.py --demo` begins with random weights, so it has no "untuned" model.
+    folder: of the run. options: a dict of the options of train.py, with which the run began.
+    A run of `train.py --demo` begins with random weights, so it has no "untuned" model. Raises
+    FileNotFoundError where weights are missing.
     """
     paths = {}
     if "untuned" in names and not options["demo"]:
@@ -80,7 +82,7 @@ def models_of(folder: Path, options: dict, names: Iterable[str] = tuple(NAMES)) 
     if "tuned" in names:
         paths["tuned"] = folder / "best"               # of DPO, with the lowest validation loss
     for path in paths.values():
-        model.find_weights(path)                       # raises if there are none, before all work
+        model.find_weights(path)                       # a check alone: it raises if there are none
     return paths
 
 
@@ -88,26 +90,28 @@ def load(path: Path) -> model.GPT2:
     """The model in a folder, on the accelerator if there is one."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)  # None without one
     device = accelerator or torch.device("cpu")
-    return model.GPT2.from_pretrained(path).requires_grad_(False).to(device)
+    gpt2 = model.GPT2.from_pretrained(path)            # it has no dropout, so it needs no eval()
+    return gpt2.requires_grad_(False).to(device)
 
 
 def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
            max_prompt_tokens: int, sampling: Sampling) -> list[Answer]:
-    """An answer to each prompt, in hh-rlhf's form. All prompts go through the model at once.
+    """An answer to each prompt. All prompts go through the model at once.
 
-    Sampling stops at end-of-text, at the next "\\n\\nHuman:", or at the limit; an answer's text is
-    without that ending. A prompt that is too long loses its beginning, as in training.
+    prompts: in hh-rlhf's form, "\\n\\nHuman: ...\\n\\nAssistant:". One that is too long loses its
+    beginning, as in training. Sampling stops at end-of-text, at the next "\\n\\nHuman:", or at the
+    limit; an answer's text is without that ending.
     """
     def asks_again(ids: list[int]) -> bool:
-        """Do the last tokens of an answer hold "\\n\\nHuman:"? Asked after each new token."""
-        # HUMAN has 8 characters, so 8 tokens at most. The last 8 are enough, and quick to decode.
-        last_ids = ids[-len(data.HUMAN):]
-        return data.HUMAN in encoding.decode(last_ids)
+        """Does the answer so far end with "\\n\\nHuman:"? Asked after each new token."""
+        # These are 8 characters, so at most 8 tokens hold them: only the last 8 are decoded.
+        return data.HUMAN in encoding.decode(ids[-8:])
 
-    # An answer gets at most half of the context, and the prompt at most what is left.
-    max_tokens = min(sampling.max_tokens, gpt2.config.n_positions // 2)
-    room = min(max_prompt_tokens, gpt2.config.n_positions - max_tokens)
-    prompts_ids = [encoding.encode_ordinary(prompt)[-room:] for prompt in prompts]
+    # Prompt and answer must fit into the context together. An answer gets at most half of it.
+    context = gpt2.config.n_positions
+    max_tokens = min(sampling.max_tokens, context // 2)
+    prompt_limit = min(max_prompt_tokens, context - max_tokens)
+    prompts_ids = [encoding.encode_ordinary(prompt)[-prompt_limit:] for prompt in prompts]
     answers_ids = model.generate(
         gpt2, prompts_ids, max_tokens, sampling.temperature, sampling.top_p,
         end_token=encoding.eot_token, stop=asks_again, seed=sampling.seed)
@@ -144,7 +148,7 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
         for path in data.fetch_hh(options["hh_dir"], options["subsets"].split(","), "test"):
             found, _ = data.read_pairs(path)
             pairs += found
-    pair_of_prompt = {pair.prompt: pair for pair in pairs}        # one pair of each prompt
+    pair_of_prompt = {pair.prompt: pair for pair in pairs}        # of each prompt its last pair
     pairs = list(pair_of_prompt.values())
     order = data.shuffled(len(pairs), seed, epoch=0)
     return [pairs[index] for index in order[:count]]
@@ -158,8 +162,8 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
     """The model's answers to the prompts: from the file, or sampled and added to the file.
 
     An answer in the file counts if it is of the same weights and was sampled with the same
-    settings. What is missing is sampled in blocks, whose random numbers depend on how many answers
-    there were before.
+    settings. What is missing is sampled in blocks. The seed of a block is the one in `sampling`,
+    plus the number of answers that there were before: so no two blocks draw the same numbers.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -176,7 +180,6 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
     starts = range(0, len(missing), BLOCK)
     for start in data.track(starts, f"answers of {name}", len(starts), "blocks"):
         block = missing[start:start + BLOCK]
-        # Each block has a seed of its own. With one seed, all would draw the same random numbers.
         block_sampling = sampling._replace(seed=sampling.seed + len(kept))
         answers = sample(gpt2, encoding, block, max_prompt_tokens, block_sampling)
         for prompt, answer in zip(block, answers, strict=True):
@@ -186,15 +189,17 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
     return [kept[prompt] for prompt in prompts]
 
 
-Texts = dict[str, list[str]]       # by "prompt", "chosen", "rejected" and the names of models
+# Lists by "prompt", "chosen", "rejected" and the names of models. Number i of each belongs to
+# prompt number i.
+Texts = dict[str, list[str]]
 
 
 def all_texts(folder: Path, options: dict, args: argparse.Namespace,
-              names: Iterable[str] = tuple(NAMES)) -> tuple[Texts, dict[str, list[Answer]]]:
+              names: Sequence[str] = tuple(NAMES)) -> tuple[Texts, dict[str, list[Answer]]]:
     """Test prompts, the data's two answers to each, and the answers of the models in `names`.
 
-    Returns the texts of all, and the models' answers by name. A prompt is one question:
-    data.read_pairs drops dialogues of several.
+    Returns the texts, and the models' answers, which also hold their tokens, by the name of the
+    model. A prompt is shown as its question alone, without "\\n\\nHuman:" and "\\n\\nAssistant:".
     """
     encoding = data.encoding_of(demo=False)            # a demo's run is only asked, never judged
     pairs = drawn_pairs(options, args.prompts, args.seed)
@@ -231,7 +236,6 @@ def ask(paths: dict[str, Path], encoding: tiktoken.Encoding, questions: list[str
         gpt2 = load(path)
         answers[name] = []
         # One by one, each from the same seed: so an answer doesn't depend on the other questions.
-        # (All draw the same random numbers. An interval of their mean would be too narrow.)
         for prompt in prompts:
             answers[name] += sample(gpt2, encoding, [prompt], max_prompt_tokens, sampling)
         del gpt2
@@ -278,7 +282,7 @@ def printable(text: str) -> str:
 
 # 3. Compare -------------------------------------------------------------------------------------
 
-# (prompt, reply A, reply B) -> "A", "B", or None if the judge's answer can't be read
+# (prompt, reply A, reply B) -> "A", "B", or None where there is no letter to be read
 JudgeFunction = Callable[[str, str, str], str | None]
 
 
@@ -286,7 +290,7 @@ class Verdict(NamedTuple):
     """What a judge says about two answers to a prompt.
 
     score: 1 if the first answer is better, 0 if the second is, 1/2 for a draw. None if a letter
-    can't be read, or if the server refused a question.
+    is missing: the judge's answer can't be read, or the server refused the question.
     letters: what the judge said when the first answer was A, then when it was B. () if no judge was
     asked: for equal answers, and where a person decides.
     """
@@ -297,9 +301,9 @@ class Verdict(NamedTuple):
 def compare(judge: JudgeFunction, prompt: str, answer: str, other: str) -> Verdict:
     """Ask a judge in both orders which of two answers is better.
 
-    Many judges prefer a place, A or B, whatever stands there (Zheng et al. 2023, arXiv:2306.05685).
-    A judge that always says "A", asked in one order alone, would let the answer win that stands
-    first, whatever it is. In both orders it contradicts itself, and the verdict is a draw.
+    Many judges prefer a position, A or B, whatever stands there (Zheng et al. 2023,
+    arXiv:2306.05685). A judge that always says "A", asked in one order alone, would let the answer
+    win that stands first. In both orders it contradicts itself, and the verdict is a draw.
 
     >>> compare(lambda prompt, a, b: "A", "Hello", "Hi!", "Go away.")
     Verdict(score=0.5, letters=('A', 'A'))
@@ -321,9 +325,8 @@ def compare(judge: JudgeFunction, prompt: str, answer: str, other: str) -> Verdi
 def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | None:
     """Ask the person at the terminal which of two different answers is better: 1, 1/2 or 0.
 
-    None if the person stops. Nothing shows whose answer is whose. One order is enough here, as it
-    is random: a liking for a place cancels out over many prompts. The same seed and prompt give the
-    same order.
+    None if the person stops. No name is shown. One order is enough here, as it is random: a liking
+    for a position cancels out over many prompts. The same seed and prompt give the same order.
     """
     # Random takes the bytes of a string, not its hash(), so this is the same in each process.
     generator = random.Random(f"{seed} {prompt}")
@@ -335,7 +338,7 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     print(f"\n{'-' * 70}\n{printable(prompt.strip())}")
     print(f"\n[a] {printable(a)}\n\n[b] {printable(b)}\n")
     while True:
-        try:                                           # not ask_for_line: "" means a tie here
+        try:                       # not ask_for_line: its "" at the end would count as a tie
             key = input("Which is better? a, b, enter for a tie, q to stop: ").strip().lower()
         except EOFError:
             return None
@@ -344,8 +347,8 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
         if key == "":
             return 0.5
         if key in ("a", "b"):
-            preferred = a if key == "a" else b
-            return 1.0 if preferred == answer else 0.0
+            answer_won = (key == "a") == answer_is_a
+            return float(answer_won)
 
 
 # 4. Win rate ------------------------------------------------------------------------------------
@@ -356,7 +359,8 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
 
     Verdicts without a score are counted as "unreadable", and left out of the rate. "rate", "low"
     and "high" are None without verdicts, and for a judge that was asked and could never be read.
-    Wilson's interval is for scores of 0 or 1. Scores of 1/2 vary less: with them it is too wide.
+    "letter A" is the share of A among the judge's letters. As each question is asked in both
+    orders, a judge that goes by the answers alone has 1/2 there.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -376,7 +380,8 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     # would give a rate of 0.5, which nobody judged.
     asked = [verdict for verdict in verdicts if verdict.letters]
     read = [verdict for verdict in asked if verdict.score is not None]
-    if scores and (read or not asked):
+    never_read = len(asked) > 0 and len(read) == 0
+    if scores and not never_read:
         rate["rate"] = statistics.fmean(scores)
         rate["low"], rate["high"] = dpo.wilson_interval(rate["rate"], len(scores))
     if letters:
@@ -454,6 +459,7 @@ FORM_WITH_REASON = '{"reason": "one short sentence", "better": "A"}, or the same
 LETTER = {"type": "string", "enum": ["A", "B"]}
 REASON = {"type": "string"}
 
+# HTTP status codes
 REFUSED = (400, 413, 422)      # this question is too long or malformed; others may be answered
 BUSY = (408, 425, 429, 502, 503, 504)          # busy, loading or restarting: ask again
 TRIES = 7                      # of a question, while the server is busy
@@ -467,11 +473,12 @@ ADVICE = {
 
 
 class Judge:
-    """A model on a server. Call it as judge(prompt, a, b): "A", "B", or None if unreadable.
+    """A model on a server. Call it as judge(prompt, a, b): "A", "B", or None if what it answers
+    can't be read, and if the server refuses the question.
 
-    What it answers is kept in a file, under its name and the whole question (not the address), so
-    the same question is not asked again. Raises OSError, with one line to show, when the server is
-    away or stays busy, and for a fault that does not pass.
+    Answers are kept in a file, under the judge's name and the whole text of the question. So what
+    was answered is not asked again, also at another address. Raises OSError, with one line to show,
+    when the server is away or stays busy, and for a fault that does not pass.
     """
 
     def __init__(self, url: str, name: str, explain: bool, path: Path):
@@ -491,8 +498,8 @@ class Judge:
             properties = {"reason": REASON, "better": LETTER}
         schema = {"type": "object", "properties": properties, "required": list(properties),
                   "additionalProperties": False}
-        # The two dialects in which servers are told a schema. The first is OpenAI's own.
-        # choose_format finds out which one the server knows.
+        # The two dialects in which servers are told a schema. The first is OpenAI's own, and most
+        # have it. llama-cpp-python knows the second alone. choose_format finds out which to use.
         self.response_format = {
             "type": "json_schema",
             "json_schema": {"name": "verdict", "strict": True, "schema": schema},
@@ -541,7 +548,7 @@ class Judge:
         if response.status_code != 200:
             raise self.fault(response)
         line = self.read(response, question)
-        # Kept even if it can't be read: at temperature 0 the judge would say the same again.
+        # Kept even if it can't be read: at temperature 0 the judge would very likely say the same.
         self.answered[question] = line
         append_jsonl(self.path, line)
         return line["letter"]
@@ -570,7 +577,7 @@ class Judge:
             failures += 1
             if failures == TRIES:
                 return response
-            # What the server says, or 2 seconds, then 4, 8, 16, 32 and 64.
+            # What the server says; else 2 seconds after the first try, then 4, 8, 16, 32 and 64.
             wait = data.seconds_to_wait(response, failures)
             print(f"{self.url}: busy ({response.status_code}); again in {wait:.0f} s", flush=True)
             time.sleep(wait)
@@ -583,8 +590,7 @@ class Judge:
             text = choice["message"]["content"] or ""
             letter = read_letter(text)
             usage = body.get("usage") or {}
-            prompt_tokens = usage.get("prompt_tokens") or 0
-            tokens_are_told = prompt_tokens > 0
+            prompt_tokens = int(usage.get("prompt_tokens") or 0)       # 0: the server didn't tell
         except (ValueError, LookupError, TypeError, AttributeError):
             raise OSError(f"{self.url}: the answer is no chat completion: "
                           f"{self.error_text(response)}: see whether --url is right") from None
@@ -596,10 +602,10 @@ class Judge:
             "question": question,
             "text": text,
             "letter": letter,
-            # A token is hardly ever longer than a word. So fewer tokens than words mean that the
-            # server has cut the question, as some do where the context is too short. Small cuts
-            # don't show.
-            "cut": tokens_are_told and prompt_tokens < len(question.split()),
+            # A word is nearly always one token or more. So if the server has read fewer tokens than
+            # the question has words, it has cut the question, as some do where the context is too
+            # short. Small cuts don't show.
+            "cut": 0 < prompt_tokens < len(question.split()),
         }
 
     def fault(self, response: requests.Response) -> OSError:
@@ -612,7 +618,8 @@ class Judge:
         """What a server says about a fault, in one line.
 
         Servers have four forms for it: {"error": {"message": "..."}}, {"error": "..."},
-        {"message": "..."}, and plain text. Of another object, all is shown.
+        {"message": "..."}, and plain text. Any other object is shown as it is. 300 characters at
+        most.
         """
         text = response.text
         try:
@@ -652,7 +659,8 @@ MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")    # of Llam
 
 
 def without_marks(text: str) -> str:
-    """The text without the marks of Llama 2's chat template, by which a reply could end a question.
+    """The text without the marks of Llama 2's chat template: a reply that holds them could pretend
+    that the question is over.
 
     JSON may hold a lone surrogate, such as "\\ud83d", which is half of a character. It becomes "?",
     as some servers refuse it.
@@ -700,24 +708,24 @@ def doubts(agreement: dict, rates: list[dict]) -> list[str]:
 
     agreement: the rate of chosen against rejected. rates: those of all comparisons.
     """
-    coin = 0.5
-    most_unreadable = 0.1                              # this limit and the next ones are our choice
+    # These limits are our choice.
+    most_unreadable = 0.1
     most_undecided = 0.5
     least_a = 0.1
     most_a = 0.9
-    prompts = sum(rate["prompts"] for rate in rates)
+    verdicts = sum(rate["prompts"] for rate in rates)
     unreadable = sum(rate["unreadable"] for rate in rates)
     undecided = sum(rate["undecided"] for rate in rates)
     letter_a = [rate["letter A"] for rate in rates if rate["letter A"] is not None]
 
     found = []
-    if agreement["rate"] is None or agreement["low"] <= coin:
+    if agreement["rate"] is None or agreement["low"] <= 0.5:
         found.append("the judge's agreement with people is not better than a coin's, as far as "
                      "this interval tells")
-    if unreadable > most_unreadable * prompts:
-        found.append(f"{unreadable} of {prompts} verdicts can't be read")
-    if undecided > most_undecided * prompts:
-        found.append(f"{undecided} of {prompts} verdicts are undecided: the order decides, or the "
+    if unreadable > most_unreadable * verdicts:
+        found.append(f"{unreadable} of {verdicts} verdicts can't be read")
+    if undecided > most_undecided * verdicts:
+        found.append(f"{undecided} of {verdicts} verdicts are undecided: the order decides, or the "
                      f"answers are equal")
     if letter_a:
         share_a = statistics.fmean(letter_a)
@@ -737,8 +745,9 @@ def describe(answers: list[str]) -> dict[str, float]:
     words = []
     pairs_of_words = []
     for answer in answers:
-        words += answer.split()
-        pairs_of_words.extend(itertools.pairwise(answer.split()))
+        words_of_answer = answer.split()
+        words += words_of_answer
+        pairs_of_words += itertools.pairwise(words_of_answer)
     return {
         "words": len(words) / len(answers),
         "distinct-1": len(set(words)) / max(1, len(words)),
@@ -747,11 +756,14 @@ def describe(answers: list[str]) -> dict[str, float]:
 
 
 def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
-    """log p(answer | prompt) in nats: the sum over all tokens of the answer, as it was sampled."""
+    """log p(answer | prompt) in nats: the sum over all tokens of the answer, as it was sampled.
+
+    sequence_logps takes token t's part from the logits at place t - 1:
+
+        sum over all t where mask[t] is True:  log_softmax(logits[t - 1])[tokens[t]]
+    """
     tokens = torch.tensor([answer.prompt_ids + answer.ids], device=gpt2.wte.weight.device)
-    # True on the answer's own tokens. sequence_logps adds up log p(token | all tokens before it) of
-    # these. It knows that a token is predicted one place before: nothing is to be shifted here.
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)              # True on the answer's own tokens
     mask[0, len(answer.prompt_ids):] = True
     return dpo.sequence_logps(gpt2, tokens, mask).item()
 
@@ -761,9 +773,8 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
 
     It is estimated by the mean of log_ratio = log p_tuned(answer) - log p_sft(answer) over answers
     of the tuned model. These must be sampled from p_tuned itself: at temperature 1 and top_p 1.
-    (beta * log_ratio is DPO's implicit reward, but for a part that depends on the prompt alone, and
-    cancels in the loss.) The KL grows with the length to which answers are
-    cut, as each token adds its part. A single answer gives no interval.
+    The KL grows with the length to which answers are cut, as each token adds a KL of its own. A
+    single answer gives no interval.
     """
     logps = {}
     for name in ("tuned", "sft"):
@@ -872,9 +883,9 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
     for name, other in COMPARISONS:
         verdicts = []
         triples = zip(texts["prompt"], texts[name], texts[other], strict=True)
-        for triple in data.track(triples, f"{name} against {other}", len(texts["prompt"]),
-                                 "prompts"):
-            verdicts.append(compare(judge, *triple))
+        tracked = data.track(triples, f"{name} against {other}", len(texts["prompt"]), "prompts")
+        for prompt, answer, other_answer in tracked:
+            verdicts.append(compare(judge, prompt, answer, other_answer))
         rates[name, other] = win_rate(verdicts)
         longer = longer_won(verdicts, texts[name], texts[other])
         rows.append(rate_row(f"{name} against {other}", rates[name, other], longer))
@@ -885,7 +896,8 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
 
     blocks = [f"{args.judge} at temperature 0 compares answers to {len(texts['prompt'])} test "
               f"prompts of {folder}. A rate is how often the first is better; a draw counts half. "
-              f"Its interval covers the choice of the prompts, not the judge's mistakes.",
+              f"Its interval covers the choice of prompts and the luck of sampling, but no fault "
+              f"of the judge.",
               table(RATE_HEADER, rows)]
     for doubt in doubts(rates["chosen", "rejected"], list(rates.values())):
         blocks.append(f"DON'T TRUST these rates: {doubt}.")
@@ -950,8 +962,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="Without --ask and --blind, a judge behind --url compares: Llama 2 by default.",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("out", nargs="?", default="out", help="the folder of a run of train.py")
-    # args.ask is None without --ask, [""] for a single --ask without a text, and ["a", "b"] for
-    # --ask a --ask b.
+    # args.ask is None without --ask, ["a", "b"] for --ask a --ask b, and [""] for --ask without a
+    # text: see `run`.
     parser.add_argument("--ask", metavar="QUESTION", nargs="?", const="", action="append",
                         help="show the models' answers to it; without a text, questions are read "
                              "from the terminal")
@@ -1018,7 +1030,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 2 for an error, which is one line on stderr, 130 for Ctrl-C."""
+    """The exit code: 0; 2 for an error that its user can mend, which is one line on stderr; 130
+    for Ctrl-C.
+    """
     try:
         run(parse(argv))
     except KeyboardInterrupt:

@@ -90,14 +90,15 @@ class CausalSelfAttention(nn.Module):
         v = v.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         return q, k, v
 
-    def packed(self, x: Tensor, grids: tuple[Tensor, ...], cells: Tensor) -> Tensor:
+    def packed(self, x: Tensor, to_rows: tuple[Tensor, ...], to_line: Tensor) -> Tensor:
         """The same for a packed batch, see GPT2.packed_hidden: (N, C) -> (N, C).
 
-        Gather rows from the line of tokens, attend in the rows, take the results back to the line.
+        Gather rows from the line of tokens, x[to_rows]; attend in the rows; take the results back
+        to the line, y[to_line].
         """
         qkv = self.c_attn(x)                                           # (N, 3C): each token once
         results = []
-        for grid in grids:
+        for grid in to_rows:
             in_rows = qkv.index_select(0, grid.flatten())              # (R * T, 3C)
             in_rows = in_rows.unflatten(0, grid.shape)                 # (R, T, 3C)
             q, k, v = self.heads(in_rows)                              # (R, H, T, D) each
@@ -105,7 +106,7 @@ class CausalSelfAttention(nn.Module):
             y = y.transpose(1, 2).flatten(2)                           # (R, T, C)
             results.append(y.flatten(0, 1))                            # (R * T, C)
         y = torch.cat(results)                                         # (all cells, C)
-        y = y.index_select(0, cells)                                   # (N, C)
+        y = y.index_select(0, to_line)                                 # (N, C)
         return self.c_proj(y)
 
 
@@ -180,21 +181,21 @@ class GPT2(nn.Module):
         """The head: (..., C) -> (..., V). Its weights are those of the embedding ("tied")."""
         return F.linear(x, self.wte.weight)
 
-    def packed_hidden(self, tokens: Tensor, positions: Tensor, grids: tuple[Tensor, ...],
-                      cells: Tensor) -> Tensor:
+    def packed_hidden(self, tokens: Tensor, positions: Tensor, to_rows: tuple[Tensor, ...],
+                      to_line: Tensor) -> Tensor:
         """What the head reads, the last hidden states, for a packed batch: (N, C).
 
         dpo.packed_logps shows such a batch with its numbers.
 
         tokens (N,) int64: one line of tokens. positions (N,) int64: of each token in its row.
-        grids: (R, T) int64 each; grids[g][r, t] says which of the N tokens is the t-th of row r. A
-        prompt's tokens stand in a row for each response. Padding, on the right of a row, is any
-        token: the real tokens of the row don't see it.
-        cells (N,) int64: where a token's result is found, among the R * T cells of all grids.
+        to_rows: (R, T) int64 each, grids of rows; to_rows[g][r, t] says which of the N tokens is
+        the t-th of row r. A prompt's tokens stand in a row for each response. Padding, on the right
+        of a row, is any token: the real tokens of the row don't see it.
+        to_line (N,) int64: where a token's result is found, among the R * T cells of all grids.
         """
         x = self.wte(tokens) + self.wpe(positions)     # (N, C)
         for block in self.h:
-            x = x + block.attn.packed(block.ln_1(x), grids, cells)
+            x = x + block.attn.packed(block.ln_1(x), to_rows, to_line)
             x = x + block.mlp(block.ln_2(x))
         return self.ln_f(x)
 
@@ -362,6 +363,7 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
 
     places = torch.arange(keys.shape[1], device=x.device)          # (S,)
     sees = places <= positions[:, None, :, None]                   # (R, 1, T, S)
+    # Under autocast q may be of another dtype than the cache.
     all_k = keys.transpose(1, 2).to(q.dtype)                       # (R, H, S, D)
     all_v = values.transpose(1, 2).to(q.dtype)
     y = F.scaled_dot_product_attention(q, all_k, all_v, attn_mask=sees)      # (R, H, T, D)
@@ -397,7 +399,8 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
     """Give every block an adapter of `width` neurons. Changes the model, and returns it.
 
     "parallel": an adapter beside each MLP. Its last layer is 0 at first, so that the model computes
-    exactly what it did. The adapters alone train.
+    exactly what it did. Its first layer is random, so the last one has a gradient at once, and the
+    first one as soon as the last has moved. The adapters alone train.
     "replace": an adapter in the place of each MLP, either random (init "scratch") or made of the
     MLP's own strongest neurons (init "pretrained"). All weights train.
     "none": no adapter. All weights train.
@@ -446,7 +449,7 @@ def replace_by_strongest(model: GPT2, width: int) -> None:
     length = min(128, config.n_positions)
     start = [[config.vocab_size - 1]] * 64             # 64 prompts, each the end-of-text token
     text = generate(model, start, length - 1, end_token=-1)      # -1: no token ends a text
-    tokens = torch.tensor(text, device=model.wte.weight.device)             # (64, length - 1)
+    tokens = torch.tensor(text, device=model.wte.weight.device)    # (64, length - 1), without start
 
     # Go through the model layer by layer, to see what each MLP reads. The old MLPs stay in use for
     # this: the neurons that are strong there are those that the pretrained model relies on.
@@ -529,7 +532,7 @@ def merged_mlp(mlp: MLP, adapter: MLP) -> MLP:
 # Nothing here is about DPO. One calls `GPT2.from_pretrained` and `save_pretrained`; train.py also
 # writes its own files by `write_whole`.
 
-# OpenAI's files hold these four matrices as (in, out), nn.Linear holds them as (out, in). They are
+# GPT-2's files hold these four matrices as (in, out), nn.Linear holds them as (out, in). They are
 # transposed on the way in and on the way out. The attention's c_proj is square: if its transpose
 # were forgotten, no check of shapes would notice.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -588,7 +591,7 @@ def read_weights(file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     for name, tensor in tensors:
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue       # "h.0.attn.bias": causal masks, which OpenAI's files hold, too
+            continue       # "h.0.attn.bias": causal masks, which the hub's files hold, too
         if name.endswith(TRANSPOSED):
             tensor = tensor.T
         weights[name] = tensor.to(dtype).contiguous()

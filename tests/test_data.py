@@ -475,20 +475,20 @@ def test_a_worked_batch():
     assert batch.response_lengths.tolist() == [3, 1, 2, 2]
     assert batch.indices.tolist() == [7, 3]
 
-    [grid] = batch.grids  # a row for each response, 0 for padding
+    [grid] = batch.to_rows  # a row for each response, 0 for padding
     assert grid.tolist() == [[0, 1, 2, 3], [5, 0, 0, 0], [0, 1, 4, 0], [5, 6, 0, 0]]
-    assert batch.cells[2:5].tolist() == [2, 3, 10]
-    assert batch.cells[6] == 13
-    assert batch.cells[5] in (4, 12)  # a prompt stands in two rows, and either will do
-    assert batch.cells[:2].tolist() in ([0, 1], [8, 9])
+    assert batch.to_line[2:5].tolist() == [2, 3, 10]
+    assert batch.to_line[6] == 13
+    assert batch.to_line[5] in (4, 12)  # a prompt stands in two rows, and either will do
+    assert batch.to_line[:2].tolist() in ([0, 1], [8, 9])
 
 
 def test_a_worked_batch_of_the_chosen_side_alone():
     batch = pack(WORKED, [7, 3], sides=("chosen",), grid_count=2)
     assert batch.tokens.tolist() == [10, 11, 20, 21, 12]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0]
-    assert [grid.tolist() for grid in batch.grids] == [[[4]], [[0, 1, 2, 3]]]
-    assert batch.cells.tolist() == [1, 2, 3, 4, 0]
+    assert [grid.tolist() for grid in batch.to_rows] == [[[4]], [[0, 1, 2, 3]]]
+    assert batch.to_line.tolist() == [1, 2, 3, 4, 0]
     assert batch.predicts.tolist() == [1, 2, 3, 4]
     assert batch.targets.tolist() == [20, 21, END, 40]
     assert batch.owner.tolist() == [0, 0, 0, 1]
@@ -515,14 +515,14 @@ def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...
     """Read a batch back, as a model sees it: what each prediction's token can attend to, in order,
     must be exactly its pair's prompt and response up to there, each token at its own position."""
     contexts = []  # for each cell: the places in `tokens` that it can attend to
-    for grid in batch.grids:
+    for grid in batch.to_rows:
         for row in grid.tolist():
             for column in range(len(row)):
                 contexts.append(row[:column + 1])
 
     tokens = batch.tokens.tolist()
     positions = batch.positions.tolist()
-    cells = batch.cells.tolist()
+    cells = batch.to_line.tolist()
     assert len(tokens) == len(positions) == len(cells)
     for place, cell in enumerate(cells):
         context = contexts[cell]
@@ -552,7 +552,7 @@ def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...
     assert len(tokens) == read + sum(len(pair.prompt) for pair in own_pairs)
 
     assert batch.reference.dtype == torch.float32
-    for tensor in [*batch.grids, *batch._replace(grids=batch.tokens, reference=batch.indices)]:
+    for tensor in [*batch.to_rows, *batch._replace(to_rows=batch.tokens, reference=batch.indices)]:
         assert tensor.dtype == torch.int64
 
 
@@ -566,13 +566,14 @@ def test_each_pair_can_be_read_back_from_a_batch_of_any_lengths(lengths, sides, 
     pairs = numbered(*lengths)
     batch = pack(pairs, np.arange(len(pairs)), sides=sides, grid_count=grids)
     check(batch, pairs, sides)
-    assert len(batch.grids) == min(grids, len(sides) * len(pairs))
+    rows = len(sides) * len(pairs)
+    assert len(batch.to_rows) == math.ceil(rows / math.ceil(rows / grids)) <= grids
 
 
 def test_grids_hold_rows_of_like_length():
     """Rows of 4, 4, 8 and 40 tokens: in two grids 2 x 4 and 2 x 40 cells, instead of 4 x 40."""
     batch = pack(numbered((3, 2, 38), (3, 2, 6)), [0, 1], grid_count=2)
-    assert [tuple(grid.shape) for grid in batch.grids] == [(2, 4), (2, 40)]
+    assert [tuple(grid.shape) for grid in batch.to_rows] == [(2, 4), (2, 40)]
 
 
 @pytest.mark.parametrize("grids", [1, 3])
@@ -585,7 +586,7 @@ def test_a_model_computes_the_same_on_a_packed_batch_as_on_each_row_alone(grids)
     for lengths in ((3, 5, 2), (7, 1, 9), (1, 4, 4)):
         pairs.append(TokenPair(*[rng.integers(60, size=length) for length in lengths]))
     batch = pack(pairs, np.arange(3), grid_count=grids)
-    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.grids, batch.cells)
+    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.to_rows, batch.to_line)
     logits = model.logits(hidden[batch.predicts])
 
     alone = []
@@ -623,8 +624,8 @@ def test_a_reference_that_was_not_asked_is_nan():
 
 def test_a_batch_moves_with_all_its_parts():
     batch = pack(WORKED, [7, 3], grid_count=2).to("meta")
-    assert len(batch.grids) == 2
-    for tensor in [*batch.grids, *batch._replace(grids=batch.tokens)]:
+    assert len(batch.to_rows) == 2
+    for tensor in [*batch.to_rows, *batch._replace(to_rows=batch.tokens)]:
         assert tensor.is_meta
 
 
@@ -722,7 +723,8 @@ def test_each_pair_comes_once_an_epoch(lengths, batch_pairs, micro_pairs, seed, 
     for micro_batches in whole:
         for batch in micro_batches:
             check(batch, pairs, sides)
-            assert len(batch.grids) == min(grids, len(sides) * len(batch.indices))
+            rows = len(sides) * len(batch.indices)
+            assert len(batch.to_rows) == math.ceil(rows / math.ceil(rows / grids)) <= grids
         sizes = [len(batch.indices) for batch in micro_batches]
         assert sizes[:-1] == [micro_pairs] * (len(sizes) - 1)
         assert 1 <= sizes[-1] <= micro_pairs

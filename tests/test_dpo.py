@@ -413,12 +413,12 @@ def test_neither_padding_nor_batch_mates_nor_order_matter(model, order, grids):
 def test_a_token_after_the_response_changes_nothing(model):
     """Whatever the padding of attention's rows names: the same bits, and gradients to 1e-12."""
     batch = data.pack(PAIRS, NUMBERS)
-    grid = batch.grids[0]
+    grid = batch.to_rows[0]
     real = batch.positions[grid] == torch.arange(grid.shape[1])
     other_grid = torch.where(real, grid, len(batch.tokens) - 1)
     assert (other_grid != grid).sum() > 10
     logps = dpo.packed_logps(model, batch)
-    found = dpo.packed_logps(model, batch._replace(grids=(other_grid,)))
+    found = dpo.packed_logps(model, batch._replace(to_rows=(other_grid,)))
     assert torch.equal(found, logps)
     assert close(gradients(model, found.sum()), gradients(model, logps.sum()), 1e-12)
 
@@ -732,8 +732,8 @@ def test_a_step_leaves_mode_frozen_weights_and_arguments_as_they_were(model, tra
     assert [module.training for module in model.modules()] == modes
     assert len(micro_batches) == 1 and micro_batches[0] is batch
     for name, value in batch._asdict().items():
-        if name == "grids":
-            assert torch.equal(value[0], before.grids[0])
+        if name == "to_rows":
+            assert torch.equal(value[0], before.to_rows[0])
         else:
             assert torch.equal(value, getattr(before, name)), name
 

@@ -461,7 +461,7 @@ def test_a_batch_is_moved_by_plain_to_tensor_by_tensor(monkeypatch):
         return real(tensor, *arguments, **options)
     monkeypatch.setattr(Tensor, "to", to)
     batch.to("meta")
-    tensors = len(batch.grids) + len(batch) - 1        # the field grids holds two
+    tensors = len(batch.to_rows) + len(batch) - 1        # the field to_rows holds two
     assert moved == [(("meta",), {})] * tensors
 
 

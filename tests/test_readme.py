@@ -190,8 +190,9 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
     before = float(re.search(r"before DPO  (\S+)% of", README)[1])
     odds = before / (100 - before) * math.exp(data.DEMO_REWARD)
     optimum = odds / (1 + odds)
-    text = (f"the demo's beta is 1, so the odds of \"!\", {before} to {100 - before:.1f} before DPO, "
-            f"times e^4 are those of the optimum: {optimum:.1%}.")
+    odds_before = f"{before} to {100 - before:.1f}"
+    text = (f"the demo's beta is 1, so the odds of \"!\", {odds_before} before DPO, times e^4 are "
+            f"those of the optimum: {optimum:.1%}.")
     assert text in " ".join(README.split())
 
 

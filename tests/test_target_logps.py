@@ -51,14 +51,14 @@ class Given(nn.Module):
         self.hidden = nn.Parameter(hidden)
         self.wte = nn.Embedding.from_pretrained(head, freeze=False)
 
-    def packed_hidden(self, tokens: Tensor, positions: Tensor, grids: object,
-                      cells: object) -> Tensor:
+    def packed_hidden(self, tokens: Tensor, positions: Tensor, to_rows: object,
+                      to_line: object) -> Tensor:
         return self.hidden
 
 
 def given_batch(targets: Tensor, owner: Tensor) -> SimpleNamespace:
     """A batch whose predictions are all the hidden states of Given, in order."""
-    return SimpleNamespace(tokens=None, positions=None, grids=None, cells=None,
+    return SimpleNamespace(tokens=None, positions=None, to_rows=None, to_line=None,
                            predicts=torch.arange(len(targets)), targets=targets, owner=owner,
                            response_lengths=owner.bincount())
 
