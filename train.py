@@ -74,8 +74,8 @@ class Config:
     max_tokens: int = option(512, "longest prompt with one answer; a longer answer is cut")
     max_prompt_tokens: int = option(256, "longest prompt; a longer one loses its beginning")
     val_share: float = option(0.05, "share of the prompts for validation")
-    test_share: float = option(0.2, "share of the prompts of your own pairs for the test; hh-rlhf "
-                                    "has files of its own for that")
+    test_share: float = option(0.2, "share of the prompts for the test, of your own pairs and of "
+                                    "the demo's; hh-rlhf has files of its own for that")
 
     # What trains
     adapter: str = option("parallel", "parallel: a small MLP beside each MLP; only the small ones "
@@ -97,8 +97,8 @@ class Config:
     # The updates
     sft_epochs: int = option(1, "passes over the pairs in SFT; 0: no SFT")
     sft_lr: float = option(5e-5, "highest learning rate of SFT")
-    epochs: int = option(0, "passes over the pairs in DPO, at most; 0: as many as come nearest to "
-                            "250 updates, from 1 to 10 passes")
+    epochs: int = option(0, "passes over the pairs in DPO, at most; 0: from 1 to 10, so that there "
+                            "are about 250 updates")
     lr: float = option(0.0, "highest learning rate of DPO; 0: 1e-3 for parallel adapters, whose "
                             "last layers start at 0 and have far to go, else 1e-5 (the paper: "
                             "1e-6, for larger models)")
@@ -116,7 +116,7 @@ class Config:
     save_every: int = option(100, "updates between two saves; there is one before each validation")
 
     def __post_init__(self) -> None:
-        if self.lr == 0:                               # in a frozen dataclass, a field is set so
+        if self.lr == 0:                               # self.lr = ... is forbidden, as it is frozen
             object.__setattr__(self, "lr", 1e-3 if self.adapter == "parallel" else 1e-5)
 
         may_be_0 = ("seed", "sft_epochs", "epochs", "sft_coef", "label_smoothing", "warmup_share")
@@ -158,8 +158,8 @@ class Machine(NamedTuple):
     """What a run computes on."""
     device: torch.device
     dtype: torch.dtype         # of matrix products; weights, sums and optimizer are float32
-    grid_count: int            # so many grids have attention's rows: see data.pack
-    piece: int                 # so many predictions have logits at a time: see dpo.packed_logps
+    grid_count: int            # grids in which attention's rows stand: see data.pack
+    piece: int                 # predictions that have logits at a time: see dpo.packed_logps
 
 
 class Run(NamedTuple):
@@ -189,9 +189,9 @@ def train(config: Config) -> int:
 
     def dpo_loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
         logps = logps_of(model, batch)
-        metrics = dpo.dpo_metrics(logps, batch.reference, config.beta)     # with equation 7's loss
-        uses_equation_7 = config.loss == "sigmoid" and config.label_smoothing == 0
-        if not uses_equation_7:
+        metrics = dpo.dpo_metrics(logps, batch.reference, config.beta)
+        # Its loss is equation 7's. By the options, another one takes its place.
+        if config.loss != "sigmoid" or config.label_smoothing > 0:
             metrics["loss"] = dpo.variant_loss(logps, batch.reference, batch.response_lengths,
                                                config.beta, config.loss, config.label_smoothing)
         if config.sft_coef > 0:
@@ -203,7 +203,7 @@ def train(config: Config) -> int:
 
     # SFT: all weights learn to write like the chosen answers. With 0 epochs the model is only
     # validated, and saved.
-    if config.adapter == "replace":                    # now: the reference has it, too
+    if config.adapter == "replace":                    # before SFT, which trains it, too
         add_adapters(model, "replace", config.adapter_width, config.adapter_init)
     sft_splits = splits
     if config.demo:
@@ -214,7 +214,7 @@ def train(config: Config) -> int:
     model = GPT2.from_pretrained(run.folder / "sft").to(machine.device)      # the best weights
 
     # The reference is this model. It is asked once about every pair. What it said goes into each
-    # batch, as batch.reference. A run that is resumed in DPO has kept it.
+    # batch, as batch.reference. A run that is resumed in DPO has kept it, in last.pt.
     reference = dict(run.saved.get("reference", {}))
     for name, pairs in splits.items():
         if name not in reference:
@@ -223,11 +223,10 @@ def train(config: Config) -> int:
             tracked = data.track(batches, f"reference of {name}", batch_count, "batches")
             reference[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))
 
-    # The policy begins as its reference. Check it, with the first batch that the reference had, of
-    # the shortest pairs: eval_batches gives the same batches at each call. (Where DPO is resumed,
-    # these adapters are new, too; fit then puts the trained weights in their place. On a machine
-    # that rounds in another way, the kept reference doesn't pass.)
-    if config.adapter != "replace":                    # which was added before SFT
+    # The policy begins as its reference. Check it, with the first batch that the reference had:
+    # eval_batches gives the same batches at each call. (In a resumed run, too, the adapters are new
+    # here. It is fit that loads the trained weights.)
+    if config.adapter != "replace":                    # a parallel one comes after SFT
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference["train"]))
     with torch.no_grad():
@@ -251,8 +250,8 @@ def train(config: Config) -> int:
     accuracy = test["rewards/accuracies"]
     low, high = dpo.wilson_interval(accuracy, count)
     test |= {"pairs": count, "accuracy_low": low, "accuracy_high": high}
-    # The step of this line is that of the weights that are tested, not of the last update.
-    log(run, "test", "dpo", step=state.best_step, total_steps=state.step, metrics=test)
+    # The tested weights are those after best_step updates, of all that were made.
+    log(run, "test", "dpo", state.best_step, state.step, test)
     print(f"result {run.folder / 'best'} | test accuracy {accuracy:.3f}, 95% interval {low:.3f} to "
           f"{high:.3f}, on {count} pairs")
     print(f"curves python tests/curves.py {run.folder}")
@@ -281,7 +280,7 @@ MAX_SKIPPED = 20               # so many skipped updates in a row end a run
 
 @dataclass
 class State:
-    """Where a loop is: all that decides how it goes on, beside weights, optimizer and scaler."""
+    """Where a loop is. How it goes on also depends on weights, optimizer, scaler and reference."""
     step: int = 0              # updates so far, skipped ones too
     best_loss: float = math.inf
     best_step: int = 0
@@ -332,17 +331,14 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
                            grid_count=machine.grid_count)
     first_step = state.step                            # of this process
     started = time.perf_counter()
-    tokens = 0                                         # read in updates since the last log line
-    seconds = 0.0                                      # that these updates took
+    speeds = []                                        # tokens a second, since the last log line
 
     while True:
         # Validation: before the first update, every val_every updates, and after the last. With 12
         # updates and val_every 4, V for a validation and u for an update: V uuuu V uuuu V uuuu V.
         #
-        # Save first, and validate then. So a run that is killed goes on as if it had not been:
-        # - in a validation: this validation is made again, from the same weights, and counts once;
-        # - later: the updates since the last save are made again;
-        # - between SFT and DPO: SFT's last validation is made again.
+        # Save first, and validate then: a run that is killed in a validation makes it again, from
+        # the same weights, and it counts once.
         step = state.step
         if step % val_every == 0 or step == total_steps:
             save_last(run, stage, model, optimizer, scaler, reference, state)
@@ -368,8 +364,9 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         begun = time.perf_counter()
         metrics = dpo.train_step(model, micro_batches, optimizer, loss_function, config.max_norm,
                                  scaler)
-        seconds += time.perf_counter() - begun         # the device is done: metrics were read
-        tokens += sum(batch.tokens.numel() for batch in micro_batches)
+        seconds = time.perf_counter() - begun          # the device is done: metrics were read
+        tokens = sum(batch.tokens.numel() for batch in micro_batches)
+        speeds.append(tokens / seconds)
         state.step = step + 1
 
         # An update without a finite loss and gradient changed nothing. Keep it out of the means.
@@ -385,18 +382,17 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
                 f"{MAX_SKIPPED} updates in a row, up to number {state.step}, had no finite loss "
                 f"and gradient; the last good checkpoint is {best_folder}; try a lower rate")
 
-        # A line of the log: means over the updates since the last line. Tokens a second are of
-        # updates alone; the time that is left counts validations and saves, too.
+        # A line of the log: means over the updates since the last line. The time that is left
+        # counts validations and saves, too.
         if state.step % config.log_every == 0 or state.step == total_steps:
             seconds_per_step = (time.perf_counter() - started) / (state.step - first_step)
             line = mean_metrics(state.window)
             line["skipped"] = state.skipped            # of the run, not of the window
-            line["tokens_per_second"] = tokens / seconds
+            line["tokens_per_second"] = sum(speeds) / len(speeds)
             line["seconds_left"] = seconds_per_step * (total_steps - state.step)
             log(run, "train", stage, state.step, total_steps, line)
             state.window = []
-            tokens = 0
-            seconds = 0.0
+            speeds = []
         if state.step % config.save_every == 0:
             save_last(run, stage, model, optimizer, scaler, reference, state)
 
@@ -584,7 +580,9 @@ def read_last(path: Path) -> dict:
 
 
 def check_same_run(folder: Path, config: Config, options: dict, audit: dict) -> None:
-    """ValueError unless the run in the folder began with these options and pairs, and may go on."""
+    """ValueError unless the run in the folder may go on: it began with these options and numbers of
+    pairs, and config.resume is set.
+    """
     old = data.read_run(folder)
     differences = []
     for name, value in old["options"].items():
@@ -602,7 +600,8 @@ def check_same_run(folder: Path, config: Config, options: dict, audit: dict) -> 
 
 def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimizer,
               scaler: torch.amp.GradScaler, reference: dict[str, Tensor], state: State) -> None:
-    """Write last.pt: all that --resume needs. It gets its name only when it is whole.
+    """Write last.pt: what --resume needs, beside the weights in sft/ and best/ and the log. It gets
+    its name only when it is whole.
 
     No state of a random generator is among it: the order of the pairs follows from seed and step,
     and fit draws nothing else.
@@ -670,13 +669,16 @@ SHOWN = {
 }
 
 
-def log(run: Run, event: str, stage: str, step: int, total_steps: int,
+def log(run: Run, event: str, stage: str, step: int, last_step: int,
         metrics: dict[str, float]) -> None:
-    """A line on the screen, and all metrics as a line of metrics.jsonl. event: train, val, test."""
+    """A line on the screen, and all metrics as a line of metrics.jsonl. event: train, val, test.
+
+    last_step is only shown: "step/last_step".
+    """
     line = {"event": event, "stage": stage, "step": step} | metrics
     run.metrics.write(json.dumps(line).encode() + b"\n")
     run.metrics.flush()
-    shown = [f"{event:6} {stage} {step}/{total_steps}"]
+    shown = [f"{event:6} {stage} {step}/{last_step}"]
     for name, (label, form) in SHOWN.items():
         if name in metrics:
             shown.append(f"{label} {metrics[name]:{form}}")
@@ -753,8 +755,8 @@ def parse(argv: list[str] | None = None) -> Config:
         else:
             parser.add_argument(name, type=setting.type, default=setting.default, help=text,
                                 choices=setting.metadata["choices"])
-    if "--demo" in argv:                               # before parsing: what is given still wins
-        parser.set_defaults(**DEMO)
+    if "--demo" in argv:
+        parser.set_defaults(**DEMO)                    # other defaults; options that are given win
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -774,9 +776,8 @@ OUT_OF_MEMORY = ("out of memory: a lower --micro_pairs or --max_tokens needs les
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 a whole run, 1 a demo below its goal, 2 an error that its user can mend.
-
-    130 means stopped by Ctrl-C. An error that its user can mend is one line on stderr.
+    """The exit code: 0 a whole run, 1 a demo below its goal, 2 an error that its user can mend,
+    which is one line on stderr, 130 stopped by Ctrl-C. (Any other error is Python's traceback.)
     """
     try:
         return train(parse(argv))
