@@ -208,16 +208,18 @@ def train(config: Config) -> int:
     sft_splits = splits
     if config.demo:
         sft_splits = half_swapped(splits)
-    fit(config, machine, run, "sft", model, sft_loss_function, sft_splits,
-        peak_lr=config.sft_lr, epochs=config.sft_epochs, sides=("chosen",))
+    sft_is_done = run.saved.get("stage") == "dpo"      # the run was stopped in DPO, and is resumed
+    if not sft_is_done:
+        fit(config, machine, run, "sft", model, sft_loss_function, sft_splits,
+            peak_lr=config.sft_lr, epochs=config.sft_epochs, sides=("chosen",))
     save_tokenizer(config, run.folder / "sft")
     model = GPT2.from_pretrained(run.folder / "sft").to(machine.device)      # the best weights
 
     # The reference is this model. It is asked once about every pair. What it said goes into each
     # batch, as batch.reference. A run that is resumed in DPO has kept it, in last.pt.
-    reference = dict(run.saved.get("reference", {}))
-    for name, pairs in splits.items():
-        if name not in reference:
+    reference = run.saved.get("reference", {})
+    if not reference:
+        for name, pairs in splits.items():
             batches = eval_batches(pairs, config, machine)
             batch_count = math.ceil(len(pairs) / config.micro_pairs)
             tracked = data.track(batches, f"reference of {name}", batch_count, "batches")
@@ -294,20 +296,16 @@ class State:
 def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         loss_function: dpo.LossFunction, splits: dict[str, list[data.TokenPair]],
         reference: dict[str, Tensor] | None = None, *, peak_lr: float, epochs: int,
-        sides: tuple[str, ...] = data.SIDES) -> State | None:
+        sides: tuple[str, ...] = data.SIDES) -> State:
     """Train the model on splits["train"], and keep the weights that are best on splits["val"].
 
     stage: "sft" or "dpo". The best weights go to the folder sft or best. Training ends after
     `epochs` epochs, or when config.patience validations in a row have brought no lower loss.
-    If run.saved is of this stage, the loop goes on from there, as if it had not been stopped. If it
-    is of DPO, SFT was done before the stop, and there is nothing to do.
+    If run.saved is of this stage, the loop goes on from there, as if it had not been stopped.
 
     reference: of each split, what dpo.reference_logps returned. Raises FloatingPointError when
     MAX_SKIPPED updates in a row had no finite loss and gradient.
     """
-    if stage == "sft" and run.saved.get("stage") == "dpo":
-        return None
-
     reference = reference or {}
     best_folder = run.folder / ("sft" if stage == "sft" else "best")
     updates_per_epoch = math.ceil(len(splits["train"]) / config.batch_pairs)
