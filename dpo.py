@@ -88,8 +88,8 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     targets = tokens[:, 1:]                            # (R, T-1): the tokens that came
     is_response = mask[:, 1:]                          # (R, T-1): which of them count
 
-    log_softmax = logits.log_softmax(-1)                                   # (R, T-1, V)
-    token_logps = log_softmax.gather(-1, targets[:, :, None]).squeeze(-1)  # (R, T-1)
+    all_logps = logits.log_softmax(-1)                                     # (R, T-1, V)
+    token_logps = all_logps.gather(-1, targets[:, :, None]).squeeze(-1)    # (R, T-1)
     # Filled, not multiplied by the mask: -inf * 0 would be nan, where a model forbids a token.
     token_logps = token_logps.masked_fill(~is_response, 0.0)
     return token_logps.sum(-1)                         # a sum, not a mean: of a whole response
@@ -336,9 +336,10 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 #     def logps_of(model, batch):
 #         return sequence_logps(lambda tokens: model(tokens).logits, batch.tokens, batch.mask)
 #
-#     # Without dropout, which would be noise in the rewards. No function here calls train().
+#     # Without dropout, which would be noise in the rewards. No function here calls model.train().
 #     model.eval()
-#     reference = reference_logps(logps_of, model, batches, pair_count=8 * len(batches))
+#     pair_count = 8 * len(batches)
+#     reference = reference_logps(logps_of, model, batches, pair_count)   # (2, pair_count)
 #
 #     def reference_of(batch):
 #         chosen = reference[0, batch.indices]            # (8,)
@@ -354,6 +355,7 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 #     peak = 1e-5
 #     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
 #     for step, batch in enumerate(batches):
+#         # At step 0 a tenth of the peak, at step 9 all of it, at the end a tenth again.
 #         lr = cosine_lr(step, peak, warmup_steps=10, total_steps=len(batches))
 #         optimizer.param_groups[0]["lr"] = lr
 #         metrics = train_step(model, [batch], optimizer, loss_function)   # one micro-batch

@@ -190,9 +190,9 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
     before = float(re.search(r"before DPO  (\S+)% of", README)[1])
     odds = before / (100 - before) * math.exp(data.DEMO_REWARD)
     optimum = odds / (1 + odds)
-    odds_before = f"{before} to {100 - before:.1f}"
-    text = (f"the demo's beta is 1, so the odds of \"!\", {odds_before} before DPO, times e^4 are "
-            f"those of the optimum: {optimum:.1%}.")
+    odds = before / (100 - before)
+    text = (f"step 2 multiplies them by e^4, from {before} / {100 - before:.1f} = {odds:.2f} to "
+            f"{odds * math.exp(4):.1f}. That is {optimum:.1%}.")
     assert text in " ".join(README.split())
 
 
