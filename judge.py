@@ -6,14 +6,14 @@
 
 "out" is the folder that a run of train.py wrote.
 
-DPO itself is in dpo.py and train.py. This file measures what came of it. Of DPO it needs only the
-log-probability of an answer, for the KL in section 6. Read from top to bottom:
+DPO itself is in dpo.py and train.py: read them first. This file measures what came of it. Of dpo.py
+it needs the interval of a rate, and the log-probability of an answer. Read from top to bottom:
 
 1. answers           the untuned model, the SFT model and the tuned model answer the same prompts
 2. ask               --ask shows the answers
-3. compare           which of two answers is better: asked of a judge, in both orders, or of you
+3. compare           which of two answers is better: a judge is asked in both orders, you in one
 4. win rate          from verdicts to a rate; the loop of --blind
-5. Llama 2           a judge on a server, whose verdicts are JSON by a schema
+5. Llama 2           a judge on a server, whose verdicts are JSON that follows a schema
 6. report            what one needs to know before one believes a rate
 7. files             answers and verdicts are kept
 8. the command line
@@ -55,7 +55,7 @@ class Answer(NamedTuple):
     """A model's answer to a prompt."""
     prompt_ids: list[int]      # what the model read
     ids: list[int]             # every sampled token, including the end-of-text or next "Human:"
-    text: str                  # decoded, without that ending
+    text: str                  # decoded, without that ending, and without spaces around it
     end: str                   # "end-of-text", "next question" or "limit": how it ended
 
 
@@ -98,13 +98,13 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
            max_prompt_tokens: int, sampling: Sampling) -> list[Answer]:
     """An answer to each prompt. All prompts go through the model at once.
 
-    prompts: in hh-rlhf's form, "\\n\\nHuman: ...\\n\\nAssistant:". One that is too long loses its
-    beginning, as in training. Sampling stops at end-of-text, at the next "\\n\\nHuman:", or at the
-    limit; an answer's text is without that ending.
+    prompts: in hh-rlhf's form, "\\n\\nHuman: ...\\n\\nAssistant:". Of one that is too long the
+    beginning is cut, as in training. Sampling stops at end-of-text, at the next "\\n\\nHuman:", or
+    at the limit; an answer's text is without that ending.
     """
     def asks_again(ids: list[int]) -> bool:
-        """Does the answer so far end with "\\n\\nHuman:"? Asked after each new token."""
-        # These are 8 characters, so at most 8 tokens hold them: only the last 8 are decoded.
+        """Do the last tokens hold "\\n\\nHuman:"? Asked after each new token."""
+        # These are 8 characters, so at most 8 tokens hold them. (The last may go beyond them.)
         return data.HUMAN in encoding.decode(ids[-8:])
 
     # Prompt and answer must fit into the context together. An answer gets at most half of it.
@@ -138,8 +138,8 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
     """
     pairs = []
     if options["pairs"]:
-        # Own pairs come without a test file, so split holds a part out, by the hash of the prompt:
-        # the same part that train.py held out, so none of these pairs was trained on.
+        # A file of one's own pairs has no test file beside it, so train.py held a part out, by the
+        # hash of the prompt. This is the same part. (The counts of dropped rows are left aside.)
         own_pairs, _ = data.read_pairs(options["pairs"])
         splits, _ = data.split(own_pairs, test=[], val_share=options["val_share"],
                                test_share=options["test_share"])
@@ -163,13 +163,14 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
 
     An answer in the file counts if it is of the same weights and was sampled with the same
     settings. What is missing is sampled in blocks. The seed of a block is the one in `sampling`,
-    plus the number of answers that there were before: so no two blocks draw the same numbers.
+    plus the number of answers that the file had before it: so no two blocks of a model draw the
+    same random numbers.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     how = {"weights": digest, "max_prompt_tokens": max_prompt_tokens, **sampling._asdict()}
     kept = {}
-    for line in read_jsonl(path, "how", "prompt", "answer"):
+    for line in repair_and_read(path, "how", "prompt", "answer"):
         if line["how"] == how:
             kept[line["prompt"]] = Answer(**line["answer"])
 
@@ -189,8 +190,8 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
     return [kept[prompt] for prompt in prompts]
 
 
-# Lists by "prompt", "chosen", "rejected" and the names of models. Number i of each belongs to
-# prompt number i.
+# A dict of lists, with the keys "prompt", "chosen", "rejected" and the names of models, in this
+# order. Number i of each list belongs to prompt number i.
 Texts = dict[str, list[str]]
 
 
@@ -198,10 +199,11 @@ def all_texts(folder: Path, options: dict, args: argparse.Namespace,
               names: Sequence[str] = tuple(NAMES)) -> tuple[Texts, dict[str, list[Answer]]]:
     """Test prompts, the data's two answers to each, and the answers of the models in `names`.
 
-    Returns the texts, and the models' answers, which also hold their tokens, by the name of the
-    model. A prompt is shown as its question alone, without "\\n\\nHuman:" and "\\n\\nAssistant:".
+    Returns the texts of all; and the models' answers by name, with their tokens, which the KL
+    needs. A prompt is one question, as data.read_pairs drops dialogues of several, and its text is
+    without "\\n\\nHuman:" and "\\n\\nAssistant:".
     """
-    encoding = data.encoding_of(demo=False)            # a demo's run is only asked, never judged
+    encoding = data.encoding_of(demo=False)            # of a demo's run nothing is ever compared
     pairs = drawn_pairs(options, args.prompts, args.seed)
     questions = []
     for pair in pairs:
@@ -238,7 +240,7 @@ def ask(paths: dict[str, Path], encoding: tiktoken.Encoding, questions: list[str
         # One by one, each from the same seed: so an answer doesn't depend on the other questions.
         for prompt in prompts:
             answers[name] += sample(gpt2, encoding, [prompt], max_prompt_tokens, sampling)
-        del gpt2
+        del gpt2                                       # before the next one is loaded
 
     for number, question in enumerate(questions):
         print(f"\nHuman: {question}")
@@ -302,8 +304,8 @@ def compare(judge: JudgeFunction, prompt: str, answer: str, other: str) -> Verdi
     """Ask a judge in both orders which of two answers is better.
 
     Many judges prefer a position, A or B, whatever stands there (Zheng et al. 2023,
-    arXiv:2306.05685). A judge that always says "A", asked in one order alone, would let the answer
-    win that stands first. In both orders it contradicts itself, and the verdict is a draw.
+    arXiv:2306.05685). A judge that always says "A", asked in one order alone, would let the first
+    answer win. In both orders it contradicts itself, and the verdict is a draw.
 
     >>> compare(lambda prompt, a, b: "A", "Hello", "Hi!", "Go away.")
     Verdict(score=0.5, letters=('A', 'A'))
@@ -338,7 +340,7 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     print(f"\n{'-' * 70}\n{printable(prompt.strip())}")
     print(f"\n[a] {printable(a)}\n\n[b] {printable(b)}\n")
     while True:
-        try:                       # not ask_for_line: its "" at the end would count as a tie
+        try:                       # not ask_for_line: where the input ends, its "" would be a tie
             key = input("Which is better? a, b, enter for a tie, q to stop: ").strip().lower()
         except EOFError:
             return None
@@ -347,8 +349,8 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
         if key == "":
             return 0.5
         if key in ("a", "b"):
-            answer_won = (key == "a") == answer_is_a
-            return float(answer_won)
+            preferred = a if key == "a" else b
+            return 1.0 if preferred == answer else 0.0                       # they are different
 
 
 # 4. Win rate ------------------------------------------------------------------------------------
@@ -360,7 +362,8 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     Verdicts without a score are counted as "unreadable", and left out of the rate. "rate", "low"
     and "high" are None without verdicts, and for a judge that was asked and could never be read.
     "letter A" is the share of A among the judge's letters. As each question is asked in both
-    orders, a judge that goes by the answers alone has 1/2 there.
+    orders, a judge that goes by the answers alone has 1/2 there. Wilson's interval is made for
+    scores of 0 and 1. A score of 1/2 varies less, so with draws the interval is rather too wide.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -378,7 +381,7 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     }
     # Say 3 pairs of answers are equal, and the judge can't be read on the other 97. The 3 draws
     # would give a rate of 0.5, which nobody judged.
-    asked = [verdict for verdict in verdicts if verdict.letters]
+    asked = [verdict for verdict in verdicts if verdict.letters]   # () where no judge was asked
     read = [verdict for verdict in asked if verdict.score is not None]
     never_read = len(asked) > 0 and len(read) == 0
     if scores and not never_read:
@@ -402,7 +405,7 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
     texts, _ = all_texts(folder, options, args, names)
     path = folder / "judge" / "blind.jsonl"
     kept = {}
-    for line in read_jsonl(path, "prompt", "tuned", "other", "score"):
+    for line in repair_and_read(path, "prompt", "tuned", "other", "score"):
         kept[line["prompt"], line["tuned"], line["other"]] = line["score"]
 
     verdicts = []
@@ -431,12 +434,13 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
 
 # 5. Llama 2 -------------------------------------------------------------------------------------
 #
-# Any server that speaks OpenAI's chat completions will do: Ollama, llama.cpp's server,
-# llama-cpp-python, vLLM. Each can be given a JSON schema. The server then lets the model choose
-# only tokens that fit the schema. So a verdict is read by json.loads. Searching prose for it goes
+# Servers that speak OpenAI's chat completions, and take a JSON schema with a question: Ollama,
+# llama.cpp's server, llama-cpp-python, vLLM. The server then lets the model choose only tokens that
+# fit the schema. So a verdict is read by json.loads. Searching prose for it goes
 # wrong: a search for "A is more" also finds "Reply A is more harmful", which is a vote for B.
 #
-# Llama 2 likes to decline. So the question says that harmful messages may be judged.
+# Llama 2 often declines to talk of harmful things. So the question says that replies to a harmful
+# message may be compared.
 
 QUESTION = """\
 Compare two replies to a message. Which reply is better for the person who wrote the message: more
@@ -456,8 +460,8 @@ Which reply is better? Answer with JSON, {form}."""
 
 FORM = '{"better": "A"} or {"better": "B"}'
 FORM_WITH_REASON = '{"reason": "one short sentence", "better": "A"}, or the same with "B"'
-LETTER = {"type": "string", "enum": ["A", "B"]}
-REASON = {"type": "string"}
+LETTER_SCHEMA = {"type": "string", "enum": ["A", "B"]}
+REASON_SCHEMA = {"type": "string"}
 
 # HTTP status codes
 REFUSED = (400, 413, 422)      # this question is too long or malformed; others may be answered
@@ -473,12 +477,12 @@ ADVICE = {
 
 
 class Judge:
-    """A model on a server. Call it as judge(prompt, a, b): "A", "B", or None if what it answers
-    can't be read, and if the server refuses the question.
+    """A model on a server. Call it as judge(prompt, a, b): "A", "B"; or None, if its answer can't
+    be read, or if the server refuses the question.
 
-    Answers are kept in a file, under the judge's name and the whole text of the question. So what
-    was answered is not asked again, also at another address. Raises OSError, with one line to show,
-    when the server is away or stays busy, and for a fault that does not pass.
+    Answers are kept in a file, under the judge's name and the whole text of the question. What was
+    answered is not asked again, not even at another address. Raises OSError, with one line to show,
+    when the server is away or stays busy, and for any other error of the server.
     """
 
     def __init__(self, url: str, name: str, explain: bool, path: Path):
@@ -489,13 +493,13 @@ class Judge:
         self.path = path
         self.answered = {}     # a line of the file for each question that was answered
         self.refusals = []     # why questions were refused in this run
-        for line in read_jsonl(path, "judge", "question", "letter", "model", "cut"):
+        for line in repair_and_read(path, "judge", "question", "letter", "model", "cut"):
             if line["judge"] == name:
                 self.answered[line["question"]] = line
 
-        properties = {"better": LETTER}
+        properties = {"better": LETTER_SCHEMA}
         if explain:            # a model writes the fields in this order: the reason comes first
-            properties = {"reason": REASON, "better": LETTER}
+            properties = {"reason": REASON_SCHEMA, "better": LETTER_SCHEMA}
         schema = {"type": "object", "properties": properties, "required": list(properties),
                   "additionalProperties": False}
         # The two dialects in which servers are told a schema. The first is OpenAI's own, and most
@@ -554,7 +558,7 @@ class Judge:
         return line["letter"]
 
     def post(self, question: str) -> requests.Response:
-        """Ask one question, at temperature 0; while the server is busy, again and again."""
+        """Ask one question, at temperature 0; while the server is busy, up to TRIES times."""
         body = {
             "model": self.name,
             "messages": [{"role": "user", "content": question}],
@@ -577,7 +581,7 @@ class Judge:
             failures += 1
             if failures == TRIES:
                 return response
-            # What the server says; else 2 seconds after the first try, then 4, 8, 16, 32 and 64.
+            # What the server says; else 2, 4, 8, ... seconds.
             wait = data.seconds_to_wait(response, failures)
             print(f"{self.url}: busy ({response.status_code}); again in {wait:.0f} s", flush=True)
             time.sleep(wait)
@@ -617,9 +621,8 @@ class Judge:
     def error_text(self, response: requests.Response) -> str:
         """What a server says about a fault, in one line.
 
-        Servers have four forms for it: {"error": {"message": "..."}}, {"error": "..."},
-        {"message": "..."}, and plain text. Any other object is shown as it is. 300 characters at
-        most.
+        Known forms: {"error": {"message": "..."}}, {"error": "..."}, {"message": "..."}, and plain
+        text. Any other object is shown as it is. 300 characters at most.
         """
         text = response.text
         try:
@@ -662,8 +665,8 @@ def without_marks(text: str) -> str:
     """The text without the marks of Llama 2's chat template: a reply that holds them could pretend
     that the question is over.
 
-    JSON may hold a lone surrogate, such as "\\ud83d", which is half of a character. It becomes "?",
-    as some servers refuse it.
+    hh-rlhf's JSON may hold half of a character, such as "\\ud83d", which UTF-8 has no bytes for. It
+    becomes "?", as some servers refuse it.
     """
     for mark in MARKS:
         text = re.sub(re.escape(mark), " ", text, flags=re.IGNORECASE)
@@ -720,8 +723,8 @@ def doubts(agreement: dict, rates: list[dict]) -> list[str]:
 
     found = []
     if agreement["rate"] is None or agreement["low"] <= 0.5:
-        found.append("the judge's agreement with people is not better than a coin's, as far as "
-                     "this interval tells")
+        found.append("the judge's agreement with people is not better than a coin's, as far as the "
+                     "interval of chosen against rejected tells")
     if unreadable > most_unreadable * verdicts:
         found.append(f"{unreadable} of {verdicts} verdicts can't be read")
     if undecided > most_undecided * verdicts:
@@ -756,9 +759,10 @@ def describe(answers: list[str]) -> dict[str, float]:
 
 
 def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
-    """log p(answer | prompt) in nats: the sum over all tokens of the answer, as it was sampled.
+    """log p(answer | prompt) in nats: the sum over all sampled tokens, the ending included.
 
-    sequence_logps takes token t's part from the logits at place t - 1:
+    As in DPO's loss. sequence_logps takes token t's part from the logits at place t - 1, for each
+    row of tokens, of which there is one here:
 
         sum over all t where mask[t] is True:  log_softmax(logits[t - 1])[tokens[t]]
     """
@@ -771,10 +775,11 @@ def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
 def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text: "3.21 +- 0.40".
 
-    It is estimated by the mean of log_ratio = log p_tuned(answer) - log p_sft(answer) over answers
-    of the tuned model. These must be sampled from p_tuned itself: at temperature 1 and top_p 1.
-    The KL grows with the length to which answers are cut, as each token adds a KL of its own. A
-    single answer gives no interval.
+    What DPO maximises is reward - beta * this KL, so it tells how far the model went. It is
+    estimated by the mean of log_ratio = log p_tuned(answer) - log p_sft(answer) over answers of the
+    tuned model. These must be sampled from p_tuned itself: at temperature 1 and top_p 1. The KL
+    grows with the length to which answers are cut, as each token adds a KL of its own, of 0 or
+    more. A single answer gives no interval.
     """
     logps = {}
     for name in ("tuned", "sft"):
@@ -845,8 +850,8 @@ def notes(judge: Judge) -> list[str]:
                      f"answered.")
     cut = sum(line["cut"] for line in lines)
     if cut > 0:
-        found.append(f"The server has cut at least {cut} questions: its context is too short. With "
-                     f"a longer one, move {judge.path} away, so that they are asked again.")
+        found.append(f"The server has cut at least {cut} questions: its context is too short. Give "
+                     f"it a longer one, and move {judge.path} away, so that they are asked again.")
     if judge.refusals:
         found.append(f"The server refused {len(judge.refusals)} questions, the first with "
                      f"\"{judge.refusals[0]}\". The next run asks them again.")
@@ -858,7 +863,7 @@ def answers_table(folder: Path, options: dict, args: argparse.Namespace, texts: 
     """What the answers show without a judge: a row for the data's, and for each model's."""
     kl = None
     if args.temperature == 1 and args.top_p == 1:      # only then are answers samples of p_tuned
-        kl = kl_to_sft(models_of(folder, options), answers["tuned"])
+        kl = kl_to_sft(models_of(folder, options, ("sft", "tuned")), answers["tuned"])
 
     rows = []
     for name in ("chosen", "rejected", *answers):
@@ -914,10 +919,11 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
 # 7. Files ----------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: Path, *names: str) -> list[dict]:
+def repair_and_read(path: Path, *names: str) -> list[dict]:
     """The objects in a JSONL file; none if there is no file.
 
-    A last line that a kill has cut is removed from the file first. ValueError for a line that is no
+    A last line that a kill has cut is removed from the file first. names: which each object must
+    have. ValueError for a line that is no
     object with these names.
     """
     if not path.exists():
@@ -1030,9 +1036,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0; 2 for an error that its user can mend, which is one line on stderr; 130
-    for Ctrl-C.
-    """
+    """The exit code: 0; 2 for an OSError or ValueError, shown as one line; 130 for Ctrl-C."""
     try:
         run(parse(argv))
     except KeyboardInterrupt:

@@ -733,7 +733,7 @@ def test_more_prompts_keep_the_answers_to_the_first(run, serve):
     server.say = people
     for count in ("40", "60"):
         assert run.judge(server, "--prompts", count) == 0
-    lines = judge.read_jsonl(run.results / "answers.jsonl")
+    lines = judge.repair_and_read(run.results / "answers.jsonl")
     prompts = [line["prompt"] for line in lines if line["model"] == "tuned"]
     assert len(prompts) == len(set(prompts)) == 60
 
@@ -942,7 +942,7 @@ def test_blind_against_others(against, run, capsys, monkeypatch):
     text = blind_screen(run, capsys, "--against", against)
     assert f"tuned against {against}: rate " in text
     assert "on 1 prompts, 0 of them ties" in text
-    (line,) = judge.read_jsonl(run.results / "blind.jsonl")
+    (line,) = judge.repair_and_read(run.results / "blind.jsonl")
     assert line["score"] in (0.0, 1.0)
     kind = line["other"].startswith("kind answer")
     assert kind == (against == "chosen")
@@ -960,4 +960,4 @@ def test_blind_works_in_a_pipe(run):
         input="a\nb\nq\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "on 2 prompts, 0 of them ties or equal answers" in done.stdout
-    assert len(judge.read_jsonl(run.results / "blind.jsonl")) == 2
+    assert len(judge.repair_and_read(run.results / "blind.jsonl")) == 2
