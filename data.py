@@ -612,7 +612,8 @@ def read_run(folder: str | Path) -> dict:
 # Nothing here is about DPO. `fetch_model` and `fetch_hh` are all that one calls.
 #
 # The revisions of gpt2 and of hh-rlhf are pinned, so that results do not change under a reader. So
-# are the hashes of some files. For the others, the hash that the hub tells is checked.
+# are the hashes of some files. Of the others, the hash that the hub tells is checked, if it tells
+# one, as it does for large files.
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M, 1.6B parameters

@@ -444,7 +444,8 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     to_line says for each place of the line where in the grid its result is, counted row by row: the
     results y (4, 4, C) go back to the line by y.flatten(0, 1)[to_line] (7, C). Place 2, the token
     20, has number 2. A prompt stands in two rows, with the same result in both, and the later one
-    is taken: place 0, the token 10, has the numbers 0 and 8, and to_line has 8.
+    is taken: place 0, the token 10, has the numbers 0 and 8, and to_line has 8. No gradient is
+    lost by that: in its own row each response has seen the prompt.
 
     >>> batch.to_line
     tensor([ 8,  9,  2,  3, 10, 12, 13])
@@ -476,7 +477,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
 
     # Against rounding. GPT-2's logits lie near -100, where bfloat16's steps are 0.5; near 0 the
     # steps are fine. A softmax stays the same if all its logits are moved by the same number. So we
-    # take from each prediction's logits, h . head[token], their mean, h . mean_row:
+    # subtract from each prediction's logits, h . head[token], their mean, h . mean_row:
     #
     #     h . head[token] - h . mean_row  =  h . (head[token] - mean_row)
     #

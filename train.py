@@ -97,8 +97,8 @@ class Config:
     # The updates
     sft_epochs: int = option(1, "passes over the pairs in SFT; 0: no SFT")
     sft_lr: float = option(5e-5, "highest learning rate of SFT")
-    epochs: int = option(0, "passes over the pairs in DPO, at most; 0: from 1 to 10, so that there "
-                            "are about 250 updates")
+    epochs: int = option(0, "passes over the pairs in DPO, at most; 0: as many as make about 250 "
+                            "updates, but 1 at least and 10 at most")
     lr: float = option(0.0, "highest learning rate of DPO; 0: 1e-3 for parallel adapters, whose "
                             "last layers start at 0 and have far to go, else 1e-5 (the paper: "
                             "1e-6, for larger models)")
@@ -225,9 +225,9 @@ def train(config: Config) -> int:
             tracked = data.track(batches, f"reference of {name}", batch_count, "batches")
             reference[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))
 
-    # The policy begins as its reference. Check it, with the first batch that the reference had:
-    # eval_batches gives the same batches at each call. (In a resumed run, too, the adapters are new
-    # here. It is fit that loads the trained weights.)
+    # The policy begins as its reference, in a resumed run, too: only fit loads the trained weights.
+    # Check it, with the first batch that the reference had: eval_batches gives the same batches at
+    # each call.
     if config.adapter != "replace":                    # a parallel one comes after SFT
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference["train"]))
@@ -378,7 +378,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         if state.skipped_in_a_row == MAX_SKIPPED:
             raise FloatingPointError(
                 f"{MAX_SKIPPED} updates in a row, up to number {state.step}, had no finite loss "
-                f"and gradient; the last good checkpoint is {best_folder}; try a lower rate")
+                f"and gradient; the best weights so far are in {best_folder}; try a lower rate")
 
         # A line of the log: means over the updates since the last line. The time that is left
         # counts validations and saves, too.
@@ -598,8 +598,8 @@ def check_same_run(folder: Path, config: Config, options: dict, audit: dict) -> 
 
 def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimizer,
               scaler: torch.amp.GradScaler, reference: dict[str, Tensor], state: State) -> None:
-    """Write last.pt: what --resume needs, beside the weights in sft/ and best/ and the log. It gets
-    its name only when it is whole.
+    """Write last.pt: what --resume needs, beside config.json, the log, and the weights in sft/ and
+    best/. It gets its name only when it is whole.
 
     No state of a random generator is among it: the order of the pairs follows from seed and step,
     and fit draws nothing else.
