@@ -179,16 +179,15 @@ def split(pairs: list[Pair], test: list[Pair], val_share: float,
     splits = {"train": [], "val": [], "test": list(test)}
     dropped = Counter({"prompt is in test": 0})    # to be shown even where it stays 0
     test_prompts = {pair.prompt for pair in test}
-    share_of_test = test_share
     if test:
-        share_of_test = 0.0        # nothing more goes there
+        test_share = 0.0           # nothing more goes there
     for pair in pairs:
         fraction = fraction_of(pair.prompt)
         if pair.prompt in test_prompts:
             dropped["prompt is in test"] += 1
         elif fraction < val_share:
             splits["val"].append(pair)
-        elif fraction < val_share + share_of_test:
+        elif fraction < val_share + test_share:
             splits["test"].append(pair)
         else:
             splits["train"].append(pair)
@@ -413,8 +412,8 @@ def make_grids(rows: list[np.ndarray], length: int,
     model computes something there, and nothing reads it.
 
     A prompt that stands in two rows has the same results in both, as no token sees what comes
-    later. So to_line may take those of one. No gradient is lost: the other response still sees the
-    prompt in its own row. tests/test_dpo.py compares all gradients with those of padded rows.
+    later. So to_line takes those of one row. No gradient is lost by that: in both rows the prompt's
+    keys and values are copies of the same numbers in the line, and their gradients add up there.
     """
     if count > 1:
         rows = sorted(rows, key=len)
@@ -428,7 +427,8 @@ def make_grids(rows: list[np.ndarray], length: int,
         grid = np.zeros((len(group), width), np.int64)
         for i, row in enumerate(group):
             grid[i, :len(row)] = row
-            to_line[row] = cell + np.arange(len(row))  # of a prompt the last row's numbers stay
+            # Where a prompt stands in two rows, the later row overwrites the earlier one's numbers.
+            to_line[row] = cell + np.arange(len(row))
             cell += width
         to_rows.append(torch.from_numpy(grid))
     return tuple(to_rows), torch.from_numpy(to_line)
@@ -477,7 +477,8 @@ def micro_batches(pairs: list[TokenPair], indices: np.ndarray, micro_pairs: int,
                   grid_count: int) -> Iterator[PackedBatch]:
     """The pairs at these places, sorted by length, in batches of up to micro_pairs.
 
-    The length is of the prompt and both responses, for SFT, too: so both stages cut alike.
+    The length is of the prompt and both responses, for SFT, too: so both stages have the same
+    micro-batches.
     """
     lengths = []
     for index in indices:

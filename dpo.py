@@ -41,12 +41,12 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     response. `policy` is the model that trains, `reference` a frozen copy of it from before the
     first update. beta is the price of leaving the reference: the weight of the KL term in the
     paper's objective, mean reward - beta * KL(pi || pi_ref). The larger beta is, the closer the
-    policy stays.
+    policy stays. The policy for which it is highest has
+    reward = beta * log(pi / pi_ref) + beta * log Z(prompt). In the loss log Z cancels, as both
+    responses have the same prompt. The rest is the policy's implicit reward.
 
-    Returns the loss and the two implicit rewards, (B,) each. That objective is highest where
-    pi = pi_ref * exp(reward / beta) / Z(prompt). So a policy's implicit reward is
-    beta * log(pi / pi_ref), but for a part that depends on the prompt alone, and cancels in the
-    loss. The rewards are for logging, so they carry no gradient.
+    Returns the loss and the implicit rewards of both responses, (B,) each. These are for logging,
+    so they carry no gradient.
 
     >>> logp = torch.tensor([-3.0])
     >>> loss, _, _ = dpo_loss(logp, logp, logp, logp, beta=0.1)
@@ -113,10 +113,9 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
     training, and it is the very model that training then starts from. So no second model stands in
     memory, and no update computes the reference again.
 
-    logps_of(model, batch): a function of yours that returns the logps (2B,) of a batch, chosen
-    first, by sequence_logps or by packed_logps. batches: together they hold
-    each pair once; batch.indices (B,) int64 are the pairs' places in the data set, from 0 to
-    pair_count - 1. A pair that no batch holds has nan.
+    logps_of(model, batch): the logps (2B,) of a batch, chosen first; the example at the end of
+    section 4 has one. batches: of the pairs of the data set; batch.indices (B,) int64 are the
+    pairs' places in it, from 0 to pair_count - 1. A pair that is in no batch has nan.
     """
     table = torch.full((2, pair_count), math.nan)
     for batch in batches:
@@ -312,8 +311,7 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 
     Only rounding is allowed: some devices add up numbers in a changing order. The limit is 4 times
     float32's relative precision: for logps near -150, 4 * 1.2e-7 * 150 = 0.00007 nats. Any small
-    factor would do. In the bug collection of results/README.md an adapter that is not the identity
-    makes a difference of 0.002 nats, a reference of other pairs 0.2, another checkpoint 20.
+    factor would do, as faults make far larger differences.
     """
     difference = (policy - reference).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
@@ -429,11 +427,11 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     stands where: the rows of any x (7, C) of the line are x[to_rows[0]] (4, 4, C). The dots are
     padding. In the tensor, padding is place 0, too: nobody reads the result there.
 
-                                   tokens         to_rows        number in the grid
-        chosen of pair 0         10 11 20 21     0  1  2  3        0  1  2  3
-        chosen of pair 1         12  .  .  .     5  .  .  .        4  5  6  7
-        rejected of pair 0       10 11 30  .     0  1  4  .        8  9 10 11
-        rejected of pair 1       12 41  .  .     5  6  .  .       12 13 14 15
+                                   tokens         to_rows        numbered row by row
+        chosen of pair 0         10 11 20 21     0  1  2  3        0   1  (2) (3)
+        chosen of pair 1         12  .  .  .     5  .  .  .        4   .   .   .
+        rejected of pair 0       10 11 30  .     0  1  4  .       (8) (9)(10)  .
+        rejected of pair 1       12 41  .  .     5  6  .  .      (12)(13)  .   .
 
     >>> batch.to_rows[0]       # of the only grid: data.pack can make several
     tensor([[0, 1, 2, 3],
@@ -441,11 +439,10 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
             [0, 1, 4, 0],
             [5, 6, 0, 0]])
 
-    to_line says for each place of the line where in the grid its result is, counted row by row: the
-    results y (4, 4, C) go back to the line by y.flatten(0, 1)[to_line] (7, C). Place 2, the token
-    20, has number 2. A prompt stands in two rows, with the same result in both, and the later one
-    is taken: place 0, the token 10, has the numbers 0 and 8, and to_line has 8. No gradient is
-    lost by that: in its own row each response has seen the prompt.
+    to_line says for each place of the line which cell of the grid has its result: the results
+    y (4, 4, C) go back to the line by y.flatten(0, 1)[to_line] (7, C). These cells have their
+    numbers in brackets. The prompt of pair 0 stands in two rows, with the same results in both, as
+    it sees only itself. The later ones are taken: place 0, the token 10, has 8.
 
     >>> batch.to_line
     tensor([ 8,  9,  2,  3, 10, 12, 13])
@@ -594,8 +591,9 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
     chosen_logratio, rejected_logratio = (policy - reference).chunk(2)       # (B,) each
     chosen_lengths, rejected_lengths = response_lengths.chunk(2)
     margin = beta * (chosen_logratio - rejected_logratio)         # the difference of the rewards
-    # The same difference, without beta, of means over tokens in place of sums.
-    difference_of_means = chosen_logratio / chosen_lengths - rejected_logratio / rejected_lengths
+    # Of means over tokens, in place of sums.
+    margin_of_means = beta * (chosen_logratio / chosen_lengths
+                              - rejected_logratio / rejected_lengths)
 
     if variant == "sigmoid":
         # Without label_smoothing this is dpo_loss, equation 7. With it, it is the conservative DPO
@@ -611,6 +609,7 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
         # label swaps right and wrong, so in the mean over labels
         #     (1 - e) * ((1 - e) * right - e * wrong) + e * ((1 - e) * wrong - e * right)
         #         = ((1 - e)**2 - e**2) * right  =  (1 - 2 * e) * right
+        # which is then divided by 1 - 2 * e.
         right = -F.logsigmoid(margin)
         wrong = -F.logsigmoid(-margin)
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
@@ -619,7 +618,7 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
         # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the log-ratios has a
         # goal, 1 / (2 beta), in place of growing without end. The paper has sums over tokens. Like
         # trl, we take means, so the goal is in nats a token here.
-        return (difference_of_means - 1 / (2 * beta)) ** 2
+        return (margin_of_means / beta - 1 / (2 * beta)) ** 2
 
     if variant == "hinge":
         # Liu et al. 2023 (arXiv:2309.06657): the hinge loss of SLiC on DPO's rewards.
@@ -628,7 +627,7 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
     # What is left is "sigmoid_norm".
     # Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in place of sums,
     # against the bias to long responses.
-    return -F.logsigmoid(beta * difference_of_means)
+    return -F.logsigmoid(margin_of_means)
 
 
 def check_variant(variant: str, label_smoothing: float) -> None:

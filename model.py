@@ -93,7 +93,7 @@ class CausalSelfAttention(nn.Module):
     def packed(self, x: Tensor, to_rows: tuple[Tensor, ...], to_line: Tensor) -> Tensor:
         """The same for a packed batch, see GPT2.packed_hidden: (N, C) -> (N, C).
 
-        Gather rows from the line of tokens, x[to_rows]; attend in the rows; take the results back
+        Gather rows from the line of tokens, qkv[to_rows]; attend in the rows; take the results back
         to the line, y[to_line].
         """
         qkv = self.c_attn(x)                                           # (N, 3C): each token once
@@ -489,8 +489,8 @@ def strongest_neurons(mlp: MLP, inputs: Tensor, width: int) -> MLP:
 
 @torch.no_grad()
 def merge_adapters(model: GPT2) -> GPT2:
-    """A new, plain GPT-2 that computes what `model` does. It shares all weights but those of
-    MLPs with adapters.
+    """A new, plain GPT-2 that computes what `model` does, but for rounding. It shares all weights
+    but those of MLPs with adapters.
 
     An MLP adds up what its neurons write. So an MLP with an adapter beside it is one MLP, with the
     neurons of both.

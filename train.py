@@ -108,8 +108,8 @@ class Config:
     max_norm: float = option(1.0, "a longer gradient is shortened to this length")
 
     # Validations, log lines, saves
-    vals: int = option(8, "validations in a run, at most, beside the one before the first update: "
-                          "evenly spaced, and one at the end")
+    vals: int = option(8, "validations in a stage, SFT or DPO, at most, beside the one before the "
+                          "first update: evenly spaced, and one at the end")
     patience: int = option(4, "training ends early after so many validations in a row without a "
                               "loss below the lowest so far")
     log_every: int = option(10, "updates between two lines of the log")
@@ -335,8 +335,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         # Validation: before the first update, every val_every updates, and after the last. With 12
         # updates and val_every 4, V for a validation and u for an update: V uuuu V uuuu V uuuu V.
         #
-        # Save first, and validate then: a run that is killed in a validation makes it again, from
-        # the same weights, and it counts once.
+        # The state is saved before a validation, not after. So a run that goes on from there begins
+        # with this validation, and it counts once.
         step = state.step
         if step % val_every == 0 or step == total_steps:
             save_last(run, stage, model, optimizer, scaler, reference, state)
