@@ -298,7 +298,8 @@ def pad(pairs: list[TokenPair], indices: Sequence[int]) -> PaddedBatch:
 
 
 class PackedBatch(NamedTuple):
-    """B pairs, packed: the tokens stand in one line, each prompt once, then its two responses.
+    """B pairs, packed: the tokens stand in one line, each prompt once, then its two responses
+    without their last tokens, which no model reads.
 
     dpo.packed_logps shows the batch of two short pairs with all its numbers, and what they are for.
     A place counts along the line. A batch for supervised fine-tuning has the chosen responses
@@ -435,7 +436,7 @@ def make_grids(rows: list[np.ndarray], length: int,
 
 
 def joined(arrays: list) -> Tensor:
-    """One int64 tensor of all these arrays, one after the other: torch indexes with int64 alone."""
+    """One int64 tensor of all these arrays, one after the other: an index for gather is int64."""
     # Some are lists, and of an empty list numpy would make floats.
     return torch.from_numpy(np.concatenate([np.asarray(ids, np.int64) for ids in arrays]))
 

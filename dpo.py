@@ -41,9 +41,12 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     response. `policy` is the model that trains, `reference` a frozen copy of it from before the
     first update. beta is the price of leaving the reference: the weight of the KL term in the
     paper's objective, mean reward - beta * KL(pi || pi_ref). The larger beta is, the closer the
-    policy stays. The policy for which it is highest has
-    reward = beta * log(pi / pi_ref) + beta * log Z(prompt). In the loss log Z cancels, as both
-    responses have the same prompt. The rest is the policy's implicit reward.
+    policy stays. The policy pi that makes this objective highest has
+
+        reward = beta * log(pi / pi_ref) + beta * log Z(prompt)
+
+    In the loss log Z cancels, as both responses have the same prompt. beta * log(pi / pi_ref) is
+    called the implicit reward.
 
     Returns the loss and the implicit rewards of both responses, (B,) each. These are for logging,
     so they carry no gradient.
@@ -64,7 +67,8 @@ def sft_loss(chosen: Tensor, chosen_lengths: Tensor) -> Tensor:
 
     Each response counts the same, however long it is.
 
-    chosen (B,): logps of the chosen responses, as above. chosen_lengths (B,) int64: their lengths.
+    chosen (B,): log pi(response | prompt) of the chosen responses. chosen_lengths (B,) int64: their
+    lengths in tokens.
     """
     return -chosen / chosen_lengths
 
@@ -113,9 +117,10 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
     training, and it is the very model that training then starts from. So no second model stands in
     memory, and no update computes the reference again.
 
-    logps_of(model, batch): the logps (2B,) of a batch, chosen first; the example at the end of
-    section 4 has one. batches: of the pairs of the data set; batch.indices (B,) int64 are the
-    pairs' places in it, from 0 to pair_count - 1. A pair that is in no batch has nan.
+    logps_of(model, batch): the logps (2B,) of a batch, chosen first; for padded batches
+    sequence_logps(model, batch.tokens, batch.mask). batches: of the pairs of the data set;
+    batch.indices (B,) int64 are the pairs' places in it, from 0 to pair_count - 1. A pair that is
+    in no batch has nan.
     """
     table = torch.full((2, pair_count), math.nan)
     for batch in batches:
@@ -311,7 +316,8 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 
     Only rounding is allowed: some devices add up numbers in a changing order. The limit is 4 times
     float32's relative precision: for logps near -150, 4 * 1.2e-7 * 150 = 0.00007 nats. Any small
-    factor would do, as faults make far larger differences.
+    factor would do, as faults make far larger differences. It holds for bfloat16, too: the same
+    batch is rounded in the same way.
     """
     difference = (policy - reference).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
@@ -353,7 +359,7 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 #     peak = 1e-5
 #     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
 #     for step, batch in enumerate(batches):
-#         # At step 0 a tenth of the peak, at step 9 all of it, at the end a tenth again.
+#         # In the warm-up (step + 1) / 10 of the peak, then a cosine down to a tenth of it.
 #         lr = cosine_lr(step, peak, warmup_steps=10, total_steps=len(batches))
 #         optimizer.param_groups[0]["lr"] = lr
 #         metrics = train_step(model, [batch], optimizer, loss_function)   # one micro-batch
@@ -369,10 +375,10 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 #   GPT-2's head, with its 50,257 tokens, is a large part of the model.
 #
 # In a packed batch the tokens stand in one line: each prompt once, then its two responses. With p
-# for a token of the prompt, c of the chosen response and r of the rejected one, a pair is
+# for a token of the prompt, c of the chosen response and r of the rejected one, a model reads
 #
-#     padded rows    p p p c c c c         one line    p p p c c c c r r
-#                    p p p r r . .
+#     padded rows    p p p c c c           one line    p p p c c c r r
+#                    p p p r r .
 #
 # Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and
 # computes none of these three things. Only attention needs rows. It gathers them from the line,
@@ -514,9 +520,11 @@ class TargetLogps(torch.autograd.Function):
         by h       (one_hot - softmax).T @ head        (piece, V) @ (V, C)
         by head    (one_hot - softmax) @ h             (V, piece) @ (piece, C)
 
-    The forward pass makes the first at once, while it has the softmax. The second is made only if
-    the head trains, and in the backward pass, by a softmax that is computed once more: each h is
-    multiplied there by the gradient that arrives for its prediction.
+    The first has a row for each prediction. The forward pass makes it at once, while it has the
+    softmax, and the gradient that arrives later only multiplies its rows. The second is a sum over
+    predictions, in which each h must first be multiplied by the gradient that arrives for it. So it
+    is made in the backward pass, from a softmax that is computed once more, and only if the head
+    trains.
     """
 
     @staticmethod
@@ -589,11 +597,10 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
     """
     check_variant(variant, label_smoothing)
     chosen_logratio, rejected_logratio = (policy - reference).chunk(2)       # (B,) each
-    chosen_lengths, rejected_lengths = response_lengths.chunk(2)
     margin = beta * (chosen_logratio - rejected_logratio)         # the difference of the rewards
-    # Of means over tokens, in place of sums.
-    margin_of_means = beta * (chosen_logratio / chosen_lengths
-                              - rejected_logratio / rejected_lengths)
+    chosen_lengths, rejected_lengths = response_lengths.chunk(2)
+    chosen_mean = chosen_logratio / chosen_lengths                # over tokens, in place of a sum
+    rejected_mean = rejected_logratio / rejected_lengths
 
     if variant == "sigmoid":
         # Without label_smoothing this is dpo_loss, equation 7. With it, it is the conservative DPO
@@ -618,16 +625,16 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
         # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the log-ratios has a
         # goal, 1 / (2 beta), in place of growing without end. The paper has sums over tokens. Like
         # trl, we take means, so the goal is in nats a token here.
-        return (margin_of_means / beta - 1 / (2 * beta)) ** 2
+        return (chosen_mean - rejected_mean - 1 / (2 * beta)) ** 2
 
     if variant == "hinge":
         # Liu et al. 2023 (arXiv:2309.06657): the hinge loss of SLiC on DPO's rewards.
         return F.relu(1 - margin)
 
-    # What is left is "sigmoid_norm".
+    # "sigmoid_norm", the last of VARIANTS.
     # Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in place of sums,
     # against the bias to long responses.
-    return -F.logsigmoid(margin_of_means)
+    return -F.logsigmoid(beta * (chosen_mean - rejected_mean))
 
 
 def check_variant(variant: str, label_smoothing: float) -> None:

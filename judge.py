@@ -136,7 +136,6 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
 
     The order doesn't depend on count: with a larger one, the first pairs stay the same.
     """
-    pairs = []
     if options["pairs"]:
         # A file of one's own pairs has no test file beside it, so train.py held a part out, by the
         # hash of the prompt. This is the same part. (The counts of dropped rows are left aside.)
@@ -145,6 +144,7 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
                                test_share=options["test_share"])
         pairs = splits["test"]
     else:
+        pairs = []
         for path in data.fetch_hh(options["hh_dir"], options["subsets"].split(","), "test"):
             found, _ = data.read_pairs(path)
             pairs += found
@@ -163,8 +163,8 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
 
     An answer in the file counts if it is of the same weights and was sampled with the same
     settings. What is missing is sampled in blocks. The seed of a block is the one in `sampling`,
-    plus the number of answers that the file had before it: so no two blocks of a model draw the
-    same random numbers.
+    plus the number of such answers that there were before it: so the blocks of a model draw
+    different random numbers.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -200,8 +200,8 @@ def all_texts(folder: Path, options: dict, args: argparse.Namespace,
     """Test prompts, the data's two answers to each, and the answers of the models in `names`.
 
     Returns the texts of all; and the models' answers by name, with their tokens, which the KL
-    needs. A prompt is one question, as data.read_pairs drops dialogues of several, and its text is
-    without "\\n\\nHuman:" and "\\n\\nAssistant:".
+    needs. data.read_pairs keeps dialogues of one question alone. So a prompt's text is this
+    question, without "\\n\\nHuman:" and "\\n\\nAssistant:".
     """
     encoding = data.encoding_of(demo=False)            # of a demo's run nothing is ever compared
     pairs = drawn_pairs(options, args.prompts, args.seed)
@@ -761,8 +761,7 @@ def describe(answers: list[str]) -> dict[str, float]:
 def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
     """log p(answer | prompt) in nats: the sum over all sampled tokens, the ending included.
 
-    As in DPO's loss. sequence_logps takes token t's part from the logits at place t - 1, for each
-    row of tokens, of which there is one here:
+    The same number goes into DPO's loss. The logits at place t - 1 predict token t, so it is
 
         sum over all t where mask[t] is True:  log_softmax(logits[t - 1])[tokens[t]]
     """
@@ -775,11 +774,12 @@ def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
 def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text: "3.21 +- 0.40".
 
-    What DPO maximises is reward - beta * this KL, so it tells how far the model went. It is
-    estimated by the mean of log_ratio = log p_tuned(answer) - log p_sft(answer) over answers of the
-    tuned model. These must be sampled from p_tuned itself: at temperature 1 and top_p 1. The KL
-    grows with the length to which answers are cut, as each token adds a KL of its own, of 0 or
-    more. A single answer gives no interval.
+    It tells how far DPO took the model from its reference. (RLHF's objective, from which DPO's loss
+    is derived, is reward - beta * KL.) It is estimated by the mean of
+    log_ratio = log p_tuned(answer) - log p_sft(answer) over answers of the tuned model. These must
+    be sampled from p_tuned itself: at temperature 1 and top_p 1. The KL grows with the length to
+    which answers are cut, as each token adds a KL of its own, of 0 or more. A single answer gives
+    no interval.
     """
     logps = {}
     for name in ("tuned", "sft"):

@@ -174,12 +174,15 @@ def test_the_defaults_are_those_of_the_program():
         ["`--epochs`, passes in DPO",
          f"as many as make about 250 updates, from {fewest} to {most}: "
          f"{train.epochs_for(1000, 32)} for 1,000 training pairs, {fewest} for all of hh-rlhf"],
-        ["`--warmup_share`, of the updates, in which the rate grows to its peak",
+        ["`--adapter`, what DPO trains",
+         f"`{adapters.adapter}`: the adapters; `none`: all weights"],
+        ["`--warmup_share`, the share of the updates during which the rate grows",
          str(adapters.warmup_share)],
         ["`--vals`, validations, evenly spaced, beside the one before the first update",
          f"{adapters.vals} at most"],
         ["`--patience`, validations in a row without a new lowest loss, after which training ends",
          str(adapters.patience)],
+        ["`--resume`", "goes on with a run that was stopped or killed"],
         ["all others", "`python train.py --help` explains them"],
     ]
     assert f"\n{len(bugs.BUGS)} bugs that DPO code has had" in README
@@ -191,8 +194,8 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
     odds = before / (100 - before) * math.exp(data.DEMO_REWARD)
     optimum = odds / (1 + odds)
     odds = before / (100 - before)
-    text = (f"step 2 multiplies them by e^4, from {before} / {100 - before:.1f} = {odds:.2f} to "
-            f"{odds * math.exp(4):.1f}. That is {optimum:.1%}.")
+    text = (f"step 2 multiplies them by e^4, from about {before} / {100 - before:.1f} = {odds:.2f} "
+            f"to {odds * math.exp(4):.1f}, which is {optimum:.1%}.")
     assert text in " ".join(README.split())
 
 
