@@ -532,14 +532,13 @@ class TargetLogps(torch.autograd.Function):
         logps = []
         slopes = []                                    # the derivatives by h
         for h, target in zip(hidden.split(piece), targets.split(piece), strict=True):
-            logits = at_least_float32(head @ h.T)                            # (V, piece)
-            log_softmax = logits.log_softmax(0)                              # (V, piece)
-            logps.append(log_softmax.gather(0, target[None, :]).squeeze(0))  # (piece,)
+            piece_logps, d_logits = logps_and_derivative(h, head, target)
+            logps.append(piece_logps)                                        # (piece,)
             if ctx.needs_input_grad[0]:
-                softmax = log_softmax.exp_()           # in place: gather has copied
-                d_logits = one_hot_minus_softmax(target, softmax).to(h.dtype)
                 slopes.append(d_logits.T @ head)                             # (piece, C)
-        ctx.save_for_backward(hidden, head, targets, torch.cat(slopes) if slopes else None)
+        head_trains = ctx.needs_input_grad[1]
+        ctx.save_for_backward(hidden, head if head_trains else None, targets,
+                              torch.cat(slopes) if slopes else None)
         ctx.piece = piece
         return torch.cat(logps)
 
@@ -558,19 +557,28 @@ class TargetLogps(torch.autograd.Function):
             pieces = zip(hidden.split(ctx.piece), weighted.split(ctx.piece),
                          targets.split(ctx.piece), strict=True)
             for h, weighted_h, target in pieces:
-                softmax = at_least_float32(head @ h.T).softmax(0)            # (V, piece)
-                d_logits = one_hot_minus_softmax(target, softmax).to(h.dtype)
+                _, d_logits = logps_and_derivative(h, head, target)
                 add_product(d_head, d_logits, weighted_h)
             d_head = d_head.to(head.dtype)
         return d_hidden, d_head, None, None            # targets and piece have no gradient
 
 
-def one_hot_minus_softmax(target: Tensor, softmax: Tensor) -> Tensor:
-    """target (piece,) and softmax (V, piece) -> (V, piece), in the memory of `softmax`."""
-    result = softmax.neg_()
+def logps_and_derivative(h: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of the targets, (piece,); and its derivative by the logits, one_hot - softmax,
+    (V, piece), in the number format of h.
+
+    h (piece, C), head (V, C), target (piece,). All is done in place: one array of V x piece numbers
+    is enough.
+    """
+    logits = at_least_float32(head @ h.T)                                    # (V, piece)
+    logits -= logits.amax(0)                           # so that no exp is too large
+    target_logits = logits.gather(0, target[None, :]).squeeze(0)             # (piece,)
+    exp = logits.exp_()
+    z = exp.sum(0)                                                           # (piece,)
+    d_logits = exp.div_(-z)                            # -softmax
     column = torch.arange(len(target), device=target.device)
-    result[target, column] += 1                        # one in each column
-    return result
+    d_logits[target, column] += 1                      # a 1 in each column, at its target
+    return target_logits - z.log(), d_logits.to(h.dtype)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
