@@ -135,13 +135,14 @@ def test_logits_exist_for_one_piece_of_the_predictions_at_a_time(piece, bfloat16
     assert 4000 % piece in predictions                 # the last piece is a short one
 
 
-def test_no_logits_wait_for_the_gradient():
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_no_logits_wait_for_the_gradient(head_trains):
     """8 predictions, a vocabulary of 50: the forward pass keeps nothing with 50 columns.
 
-    Not even where all predictions are one piece.
+    Not even where all predictions are one piece. A head that doesn't train isn't kept either.
     """
     hidden = torch.randn(8, 3, requires_grad=True)
-    head = torch.randn(50, 3, requires_grad=True)
+    head = torch.randn(50, 3, requires_grad=head_trains)
     kept = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -150,7 +151,10 @@ def test_no_logits_wait_for_the_gradient():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logps = dpo.TargetLogps.apply(hidden, head, torch.arange(8), 512)
-    assert sorted(kept) == [(8,), (8, 3), (8, 3), (50, 3)]         # targets, hidden, slopes, head
+    expected = [(8,), (8, 3), (8, 3)]                  # targets, hidden, slopes
+    if head_trains:
+        expected.append((50, 3))
+    assert sorted(kept) == expected
     logps.sum().backward()
     assert hidden.grad.shape == (8, 3)
 
