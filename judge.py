@@ -436,8 +436,8 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
 #
 # Servers that speak OpenAI's chat completions, and take a JSON schema with a question: Ollama,
 # llama.cpp's server, llama-cpp-python, vLLM. The server then lets the model choose only tokens that
-# fit the schema. So a verdict is read by json.loads. Searching prose for it goes
-# wrong: a search for "A is more" also finds "Reply A is more harmful", which is a vote for B.
+# fit the schema. So a verdict is read by json.loads. Searching prose for it goes wrong: a search
+# for "A is more" also finds "Reply A is more harmful", which is a vote for B.
 #
 # Llama 2 often declines to talk of harmful things. So the question says that replies to a harmful
 # message may be compared.

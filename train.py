@@ -362,7 +362,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         begun = time.perf_counter()
         metrics = dpo.train_step(model, micro_batches, optimizer, loss_function, config.max_norm,
                                  scaler)
-        seconds = time.perf_counter() - begun          # metrics were read, so the device is done
+        # The metrics were read, so the device has done all but the optimizer's step.
+        seconds = time.perf_counter() - begun
         tokens = sum(batch.tokens.numel() for batch in micro_batches)
         speeds.append(tokens / seconds)
         state.step = step + 1

@@ -175,7 +175,8 @@ def test_the_defaults_are_those_of_the_program():
          f"as many as make about 250 updates, from {fewest} to {most}: "
          f"{train.epochs_for(1000, 32)} for 1,000 training pairs, {fewest} for all of hh-rlhf"],
         ["`--adapter`, what DPO trains",
-         f"`{adapters.adapter}`: the adapters; `none`: all weights"],
+         f"`{adapters.adapter}`: the adapters (llama.cpp can't load the model that comes of it); "
+         f"`none`: all weights"],
         ["`--warmup_share`, the share of the updates during which the rate grows",
          str(adapters.warmup_share)],
         ["`--vals`, validations, evenly spaced, beside the one before the first update",
