@@ -159,6 +159,29 @@ def test_no_logits_wait_for_the_gradient(head_trains):
     assert hidden.grad.shape == (8, 3)
 
 
+class KeepResults(TorchDispatchMode):
+    """Keeps the result of each operation, so that no memory is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.tensors.append(result)
+        return result
+
+
+def test_the_logits_of_a_piece_need_memory_once():
+    """7 predictions, a vocabulary of 50: all results of 350 numbers share the memory of one."""
+    with KeepResults() as results:
+        dpo.logps_and_derivative(torch.randn(7, 3), torch.randn(50, 3), torch.arange(7))
+    logits = [tensor for tensor in results.tensors if tensor.numel() == 50 * 7]
+    assert len(logits) > 1
+    assert len({tensor.untyped_storage().data_ptr() for tensor in logits}) == 1
+
+
 # One wait ---------------------------------------------------------------------------------------
 #
 # A GPU computes while Python goes on and starts what comes next. Python waits only where it reads a
