@@ -70,8 +70,8 @@ class Sampling(NamedTuple):
 def models_of(folder: Path, options: dict, names: Sequence[str] = tuple(NAMES)) -> dict[str, Path]:
     """Where the weights of the models in `names` are.
 
-    folder: of the run. options: a dict of the options of train.py, with which the run began.
-    A run of `train.py --demo` begins with random weights, so it has no "untuned" model. Raises
+    folder: of the run. options: a dict of train.py's options, as the run's config.json has them.
+    A run of `train.py --demo` starts from random weights, so it has no "untuned" model. Raises
     FileNotFoundError where weights are missing.
     """
     paths = {}
@@ -98,13 +98,14 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
            max_prompt_tokens: int, sampling: Sampling) -> list[Answer]:
     """An answer to each prompt. All prompts go through the model at once.
 
-    prompts: in hh-rlhf's form, "\\n\\nHuman: ...\\n\\nAssistant:". Of one that is too long the
-    beginning is cut, as in training. Sampling stops at end-of-text, at the next "\\n\\nHuman:", or
-    at the limit; an answer's text is without that ending.
+    prompts: in hh-rlhf's form, "\\n\\nHuman: ...\\n\\nAssistant:". One that is too long loses its
+    beginning, as in training. Sampling stops at end-of-text, after the next "\\n\\nHuman:", or at
+    the limit. The text of an answer is without end-of-text and without "\\n\\nHuman:".
     """
     def asks_again(ids: list[int]) -> bool:
-        """Do the last tokens hold "\\n\\nHuman:"? Asked after each new token."""
-        # These are 8 characters, so at most 8 tokens hold them. (The last may go beyond them.)
+        """Did the newest token complete "\\n\\nHuman:"?"""
+        # It has 8 characters, and each of its tokens has at least one. So it began at most 8 tokens
+        # ago.
         return data.HUMAN in encoding.decode(ids[-8:])
 
     # Prompt and answer must fit into the context together. An answer gets at most half of it.
@@ -137,8 +138,8 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
     The order doesn't depend on count: with a larger one, the first pairs stay the same.
     """
     if options["pairs"]:
-        # A file of one's own pairs has no test file beside it, so train.py held a part out, by the
-        # hash of the prompt. This is the same part. (The counts of dropped rows are left aside.)
+        # A file of own pairs has no test file beside it: test=[]. So train.py held a part out, by
+        # the hash of the prompt. This is the same part. (_: how many rows were dropped.)
         own_pairs, _ = data.read_pairs(options["pairs"])
         splits, _ = data.split(own_pairs, test=[], val_share=options["val_share"],
                                test_share=options["test_share"])
@@ -148,7 +149,7 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
         for path in data.fetch_hh(options["hh_dir"], options["subsets"].split(","), "test"):
             found, _ = data.read_pairs(path)
             pairs += found
-    pair_of_prompt = {pair.prompt: pair for pair in pairs}        # of each prompt its last pair
+    pair_of_prompt = {pair.prompt: pair for pair in pairs}        # one pair a prompt, the last
     pairs = list(pair_of_prompt.values())
     order = data.shuffled(len(pairs), seed, epoch=0)
     return [pairs[index] for index in order[:count]]
@@ -163,8 +164,8 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
 
     An answer in the file counts if it is of the same weights and was sampled with the same
     settings. What is missing is sampled in blocks. The seed of a block is the one in `sampling`,
-    plus the number of such answers that there were before it: so the blocks of a model draw
-    different random numbers.
+    plus the number of answers that count so far: so the blocks of a model draw different random
+    numbers.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -199,9 +200,9 @@ def all_texts(folder: Path, options: dict, args: argparse.Namespace,
               names: Sequence[str] = tuple(NAMES)) -> tuple[Texts, dict[str, list[Answer]]]:
     """Test prompts, the data's two answers to each, and the answers of the models in `names`.
 
-    Returns the texts of all; and the models' answers by name, with their tokens, which the KL
-    needs. data.read_pairs keeps dialogues of one question alone. So a prompt's text is this
-    question, without "\\n\\nHuman:" and "\\n\\nAssistant:".
+    Returns the texts of all; and the models' answers by name, with their tokens, which kl_to_sft
+    needs. Each prompt is a single question. Its text is without "\\n\\nHuman:" and
+    "\\n\\nAssistant:".
     """
     encoding = data.encoding_of(demo=False)            # of a demo's run nothing is ever compared
     pairs = drawn_pairs(options, args.prompts, args.seed)
@@ -293,8 +294,9 @@ class Verdict(NamedTuple):
 
     score: 1 if the first answer is better, 0 if the second is, 1/2 for a draw. None if a letter
     is missing: the judge's answer can't be read, or the server refused the question.
-    letters: what the judge said when the first answer was A, then when it was B. () if no judge was
-    asked: for equal answers, and where a person decides.
+    letters: what the judge said when the first answer stood as A, and then when it stood as B. So
+    ("A", "B") is twice for the first answer. () if no judge was asked: for equal answers, and where
+    a person decides.
     """
     score: float | None
     letters: tuple[str | None, ...]
@@ -330,8 +332,9 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     None if the person stops. No name is shown. One order is enough here, as it is random: a liking
     for a position cancels out over many prompts. The same seed and prompt give the same order.
     """
-    # Random takes the bytes of a string, not its hash(), so this is the same in each process.
-    generator = random.Random(f"{seed} {prompt}")
+    # Of bytes, Random takes all. (hash() of a string would differ from one process to the next.) A
+    # lone surrogate, half a character in hh-rlhf's JSON, has no bytes: it becomes "?".
+    generator = random.Random(f"{seed} {prompt}".encode("utf-8", "replace"))
     answer_is_a = generator.random() < 0.5
     if answer_is_a:
         a, b = answer, other
@@ -340,7 +343,7 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     print(f"\n{'-' * 70}\n{printable(prompt.strip())}")
     print(f"\n[a] {printable(a)}\n\n[b] {printable(b)}\n")
     while True:
-        try:                       # not ask_for_line: where the input ends, its "" would be a tie
+        try:                       # (the end of the input stops, too: it is no tie)
             key = input("Which is better? a, b, enter for a tie, q to stop: ").strip().lower()
         except EOFError:
             return None
@@ -349,8 +352,8 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
         if key == "":
             return 0.5
         if key in ("a", "b"):
-            preferred = a if key == "a" else b
-            return 1.0 if preferred == answer else 0.0                       # they are different
+            answer_is_better = (key == "a") == answer_is_a
+            return 1.0 if answer_is_better else 0.0
 
 
 # 4. Win rate ------------------------------------------------------------------------------------
@@ -361,14 +364,15 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
 
     Verdicts without a score are counted as "unreadable", and left out of the rate. "rate", "low"
     and "high" are None without verdicts, and for a judge that was asked and could never be read.
-    "letter A" is the share of A among the judge's letters. As each question is asked in both
-    orders, a judge that goes by the answers alone has 1/2 there. Wilson's interval is made for
-    scores of 0 and 1. A score of 1/2 varies less, so with draws the interval is rather too wide.
+    "letter A" is the share of A among the judge's letters, where it gave both. A judge that goes by
+    the answers alone says A in one order and B in the other, so it has 1/2 there. Wilson's interval
+    is made for scores of 0 and 1. A score of 1/2 varies less, so with draws it is rather too wide.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
     for verdict in verdicts:
-        letters += [letter for letter in verdict.letters if letter is not None]
+        if None not in verdict.letters:
+            letters += verdict.letters
     unreadable = len(verdicts) - len(scores)
     rate = {
         "prompts": len(verdicts),
@@ -380,7 +384,7 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
         "letter A": None,
     }
     # Say 3 pairs of answers are equal, and the judge can't be read on the other 97. The 3 draws
-    # would give a rate of 0.5, which nobody judged.
+    # would give a rate of 0.5, as if it had judged.
     asked = [verdict for verdict in verdicts if verdict.letters]   # () where no judge was asked
     read = [verdict for verdict in asked if verdict.score is not None]
     never_read = len(asked) > 0 and len(read) == 0
@@ -434,10 +438,10 @@ def judge_blindly(folder: Path, options: dict, args: argparse.Namespace) -> None
 
 # 5. Llama 2 -------------------------------------------------------------------------------------
 #
-# Servers that speak OpenAI's chat completions, and take a JSON schema with a question: Ollama,
-# llama.cpp's server, llama-cpp-python, vLLM. The server then lets the model choose only tokens that
-# fit the schema. So a verdict is read by json.loads. Searching prose for it goes wrong: a search
-# for "A is more" also finds "Reply A is more harmful", which is a vote for B.
+# The judge runs on a server that speaks OpenAI's chat completions: Ollama, llama.cpp's server,
+# llama-cpp-python, vLLM. They take a JSON schema with a question, and then let the model choose
+# only tokens that fit the schema. So a verdict is read by json.loads. Searching prose for it goes
+# wrong: a search for "A is more" also finds "Reply A is more harmful", which is a vote for B.
 #
 # Llama 2 often declines to talk of harmful things. So the question says that replies to a harmful
 # message may be compared.
@@ -458,6 +462,7 @@ Reply B:
 
 Which reply is better? Answer with JSON, {form}."""
 
+# str.format replaces braces in QUESTION alone, not in what it puts in: so these keep theirs.
 FORM = '{"better": "A"} or {"better": "B"}'
 FORM_WITH_REASON = '{"reason": "one short sentence", "better": "A"}, or the same with "B"'
 LETTER_SCHEMA = {"type": "string", "enum": ["A", "B"]}
@@ -477,12 +482,13 @@ ADVICE = {
 
 
 class Judge:
-    """A model on a server. Call it as judge(prompt, a, b): "A", "B"; or None, if its answer can't
-    be read, or if the server refuses the question.
+    """A model on a server. judge(prompt, a, b) returns "A" or "B"; or None, if its answer can't be
+    read, or if the server refuses the question.
 
-    Answers are kept in a file, under the judge's name and the whole text of the question. What was
-    answered is not asked again, not even at another address. Raises OSError, with one line to show,
-    when the server is away or stays busy, and for any other error of the server.
+    Answers are kept in a file, under the judge's name and the whole text of the question, which
+    also says whether a reason is wanted. A comparison that was answered is not asked again, not
+    even at another address. Raises OSError, with one line to show, when the server is away or stays
+    busy, and for any other error of the server.
     """
 
     def __init__(self, url: str, name: str, explain: bool, path: Path):
@@ -493,17 +499,19 @@ class Judge:
         self.path = path
         self.answered = {}     # a line of the file for each question that was answered
         self.refusals = []     # why questions were refused in this run
-        for line in repair_and_read(path, "judge", "question", "letter", "model", "cut"):
+        for line in repair_and_read(path, "judge", "question", "letter", "model",
+                                    "question_cut"):
             if line["judge"] == name:
                 self.answered[line["question"]] = line
 
-        properties = {"better": LETTER_SCHEMA}
         if explain:            # a model writes the fields in this order: the reason comes first
             properties = {"reason": REASON_SCHEMA, "better": LETTER_SCHEMA}
+        else:
+            properties = {"better": LETTER_SCHEMA}
         schema = {"type": "object", "properties": properties, "required": list(properties),
                   "additionalProperties": False}
-        # The two dialects in which servers are told a schema. The first is OpenAI's own, and most
-        # have it. llama-cpp-python knows the second alone. choose_format finds out which to use.
+        # Servers take a schema in one of two forms. The first is OpenAI's own, and most have it.
+        # llama-cpp-python has only the second. choose_format finds out which to use.
         self.response_format = {
             "type": "json_schema",
             "json_schema": {"name": "verdict", "strict": True, "schema": schema},
@@ -516,7 +524,7 @@ class Judge:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
 
     def choose_format(self) -> None:
-        """Ask a fixed question: is the server there, and which dialect does it know?"""
+        """Ask a fixed question: is the server there, and which form of schema does it take?"""
         question = self.question_of("Say hello.", "Hello!", "Go away.")  # any letter will do
         response = self.post(question)
         if response.status_code != 200 and "response_format" in response.text:
@@ -536,7 +544,6 @@ class Judge:
     def question_of(self, prompt: str, a: str, b: str) -> str:
         """The question as the judge reads it."""
         form = FORM_WITH_REASON if self.explain else FORM
-        # (str.format looks for braces in QUESTION alone, not in the texts that it puts in.)
         return QUESTION.format(prompt=without_marks(prompt), a=without_marks(a),
                                b=without_marks(b), form=form)
 
@@ -581,14 +588,14 @@ class Judge:
             failures += 1
             if failures == TRIES:
                 return response
-            # What the server says; else 2, 4, 8, ... seconds.
+            # What the server's header Retry-After says; else 2, 4, 8, ... seconds.
             wait = data.seconds_to_wait(response, failures)
             print(f"{self.url}: busy ({response.status_code}); again in {wait:.0f} s", flush=True)
             time.sleep(wait)
 
     def read(self, response: requests.Response, question: str) -> dict:
         """What is kept of an answer. OSError if it is no chat completion."""
-        try:
+        try:                                           # "or": a field may be missing, or null
             body = response.json()
             choice = body["choices"][0]
             text = choice["message"]["content"] or ""
@@ -602,14 +609,14 @@ class Judge:
             letter = None                              # cut off: the judge was not done
         return {
             "judge": self.name,
-            "model": str(body.get("model")),           # as the server calls it
+            "model": body.get("model") or self.name,   # as the server calls it
             "question": question,
             "text": text,
             "letter": letter,
             # A word is nearly always one token or more. So if the server has read fewer tokens than
             # the question has words, it has cut the question, as some do where the context is too
             # short. Small cuts don't show.
-            "cut": 0 < prompt_tokens < len(question.split()),
+            "question_cut": 0 < prompt_tokens < len(question.split()),
         }
 
     def fault(self, response: requests.Response) -> OSError:
@@ -663,10 +670,9 @@ MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")    # of Llam
 
 def without_marks(text: str) -> str:
     """The text without the marks of Llama 2's chat template: a reply that holds them could pretend
-    that the question is over.
+    that the question is over. Each becomes a space, so that what is left doesn't close up to one.
 
-    hh-rlhf's JSON may hold half of a character, such as "\\ud83d", which UTF-8 has no bytes for. It
-    becomes "?", as some servers refuse it.
+    A lone surrogate becomes "?", as some servers refuse it.
     """
     for mark in MARKS:
         text = re.sub(re.escape(mark), " ", text, flags=re.IGNORECASE)
@@ -711,7 +717,8 @@ def doubts(agreement: dict, rates: list[dict]) -> list[str]:
 
     agreement: the rate of chosen against rejected. rates: those of all comparisons.
     """
-    # These limits are our choice.
+    # These limits are our choice. (With 100 prompts an interval is about 0.1 to each side: so a
+    # judge must agree with people in about 60 of 100 to be better than a coin.)
     most_unreadable = 0.1
     most_undecided = 0.5
     least_a = 0.1
@@ -761,7 +768,8 @@ def describe(answers: list[str]) -> dict[str, float]:
 def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
     """log p(answer | prompt) in nats: the sum over all sampled tokens, the ending included.
 
-    The same number goes into DPO's loss. The logits at place t - 1 predict token t, so it is
+    By the function that training uses for the data's answers. The logits at place t - 1 predict
+    token t, so it is, for the one row of the batch,
 
         sum over all t where mask[t] is True:  log_softmax(logits[t - 1])[tokens[t]]
     """
@@ -775,11 +783,11 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text: "3.21 +- 0.40".
 
     It tells how far DPO took the model from its reference. (RLHF's objective, from which DPO's loss
-    is derived, is reward - beta * KL.) It is estimated by the mean of
-    log_ratio = log p_tuned(answer) - log p_sft(answer) over answers of the tuned model. These must
-    be sampled from p_tuned itself: at temperature 1 and top_p 1. The KL grows with the length to
-    which answers are cut, as each token adds a KL of its own, of 0 or more. A single answer gives
-    no interval.
+    is derived, is the mean reward of a policy's answers - beta * this KL.) It is estimated by the
+    mean of log_ratio = log p_tuned(answer) - log p_sft(answer) over answers of the tuned model.
+    These must be sampled from p_tuned itself: at temperature 1 and top_p 1. The KL grows with the
+    length to which answers are cut: it is a sum over tokens, of KLs of 0 or more. A single answer
+    gives no interval.
     """
     logps = {}
     for name in ("tuned", "sft"):
@@ -826,13 +834,13 @@ def rate_row(name: str, rate: dict, longer: float | None) -> list:
 
 
 def examples(texts: Texts, count: int = 10) -> list[str]:
-    """The first prompts, with everybody's answers: blocks of Markdown.
+    """The first prompts, each with all answers to it: blocks of Markdown.
 
     Texts are indented by four spaces: Markdown shows such lines as they are.
     """
     blocks = [f"The first prompts and all answers. {OFFENSIVE}."]
     for number in range(min(count, len(texts["prompt"]))):
-        for name in texts:
+        for name in texts:                             # "prompt" is the first one
             indented = texts[name][number].replace("\n", "\n    ")
             blocks.append(f"{name}:\n\n    {indented}")
         blocks.append("---")
@@ -848,7 +856,7 @@ def notes(judge: Judge) -> list[str]:
     if other_names:
         found.append(f"{judge.name} was asked, and the server says that {', '.join(other_names)} "
                      f"answered.")
-    cut = sum(line["cut"] for line in lines)
+    cut = sum(line["question_cut"] for line in lines)
     if cut > 0:
         found.append(f"The server has cut at least {cut} questions: its context is too short. Give "
                      f"it a longer one, and move {judge.path} away, so that they are asked again.")
@@ -922,9 +930,8 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
 def repair_and_read(path: Path, *names: str) -> list[dict]:
     """The objects in a JSONL file; none if there is no file.
 
-    A last line that a kill has cut is removed from the file first. names: which each object must
-    have. ValueError for a line that is no
-    object with these names.
+    A last line that a kill has cut is removed from the file first. ValueError for a line that is no
+    object with all of `names`.
     """
     if not path.exists():
         return []
@@ -981,7 +988,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0,
                         help="decides the prompts, what is sampled, and the order in --blind")
     parser.add_argument("--temperature", type=float, default=1.0,
-                        help="1: answers as the models give them; 0: the likeliest token each time")
+                        help="1: sample from the models' own probabilities; below 1: likely tokens "
+                             "even more often; 0: the likeliest token each time")
     parser.add_argument("--top_p", type=float, default=1.0,
                         help="sample from the likeliest tokens alone: the smallest set whose "
                              "probabilities add up to at least this")

@@ -83,7 +83,7 @@ def test_a_worked_win_rate():
     assert (rate["low"], rate["high"]) == dpo.wilson_interval(5 / 8, 8)
     assert rate["undecided"] == 4
     assert rate["unreadable"] == 2
-    assert rate["letter A"] == (3 + 8 + 1 + 2) / (6 + 8 + 2 + 2)
+    assert rate["letter A"] == (3 + 8 + 1) / (6 + 8 + 2)       # of those that gave both letters
 
 
 @pytest.mark.parametrize("verdicts", [
@@ -651,7 +651,8 @@ def test_a_demo_needs_no_judge(run, serve, capsys):
     assert server.asked == []
 
 
-GOOD_VERDICT = b'{"judge": "x", "question": "y", "letter": "A", "model": "x", "cut": false}\n'
+GOOD_VERDICT = (b'{"judge": "x", "question": "y", "letter": "A", "model": "x", '
+                b'"question_cut": false}\n')
 
 
 def test_a_damaged_line_is_named(run, serve, capsys):
@@ -946,6 +947,13 @@ def test_blind_against_others(against, run, capsys, monkeypatch):
     assert line["score"] in (0.0, 1.0)
     kind = line["other"].startswith("kind answer")
     assert kind == (against == "chosen")
+
+
+def test_a_prompt_with_half_a_character_can_be_judged_blindly(capsys, monkeypatch):
+    """JSON can hold one, "\\ud83d", and UTF-8 has no bytes for it."""
+    type_in(monkeypatch, "")
+    assert judge.compare_blindly("Hi \ud83d", "Hello", "Go", seed=0) == 0.5
+    assert "Hi ?" in capsys.readouterr().out
 
 
 def test_blind_without_a_verdict_has_no_rate(run, capsys, monkeypatch):
