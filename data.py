@@ -332,14 +332,13 @@ class PackedBatch(NamedTuple):
         )
 
 
-def pack(pairs: list[TokenPair], indices: Sequence[int], reference: Tensor | None = None,
+def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor | None = None,
          sides: tuple[str, ...] = SIDES, grid_count: int = 1) -> PackedBatch:
     """The PackedBatch of these pairs, whose places in the data set are `indices` (B,).
 
     sides: ("chosen", "rejected") for DPO, or ("chosen",) for supervised fine-tuning.
-
-    reference (2, pairs of the data set) float32: what dpo.reference_logps returned, for DPO; or
-    None.
+    reference_table (2, pairs of the data set) float32: what dpo.reference_logps returned, for DPO;
+    or None.
     grid_count: attention's rows stand in so many grids, each as wide as its longest row. With more
     grids the rows of each are of more similar length: there is less padding, and there are more
     calls.
@@ -381,13 +380,13 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference: Tensor | Non
         owner.append(np.full(len(response), number))
 
     indices = torch.as_tensor(indices, dtype=torch.int64)
-    if reference is None:
-        reference_logps = torch.full((len(all_rows),), math.nan)
+    if reference_table is None:
+        reference = torch.full((len(all_rows),), math.nan)
     else:
         assert sides == SIDES, f"the reference is of both sides, the batch of {sides}"
-        chosen = reference[0, indices]                             # (B,)
-        rejected = reference[1, indices]                           # (B,)
-        reference_logps = torch.cat([chosen, rejected])            # (2B,)
+        chosen = reference_table[0, indices]                       # (B,)
+        rejected = reference_table[1, indices]                     # (B,)
+        reference = torch.cat([chosen, rejected])                  # (2B,)
     to_rows, to_line = make_grids(all_rows, length, grid_count)
     return PackedBatch(
         tokens=joined(line),
@@ -399,7 +398,7 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference: Tensor | Non
         owner=joined(owner),
         response_lengths=torch.tensor([len(response) for response in all_responses]),
         indices=indices,
-        reference=reference_logps,
+        reference=reference,
     )
 
 
@@ -442,14 +441,14 @@ def joined(arrays: list) -> Tensor:
 
 
 def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: int, start: int = 0,
-            reference: Tensor | None = None, sides: tuple[str, ...] = SIDES,
+            reference_table: Tensor | None = None, sides: tuple[str, ...] = SIDES,
             grid_count: int = 1) -> Iterator[list[PackedBatch]]:
     """For each update, from number `start` on and without end, the micro-batches of its pairs.
 
     An epoch holds each pair once; its last update may have fewer pairs. The order is shuffled anew
     for each epoch, and follows from (seed, epoch) alone: so a resumed run sees the same batches.
     An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs:
-    where pairs are of like length, attention's rows have little padding. reference, sides,
+    where pairs are of like length, attention's rows have little padding. reference_table, sides,
     grid_count: see pack.
     """
     updates_per_epoch = math.ceil(len(pairs) / batch_pairs)
@@ -460,21 +459,21 @@ def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: in
         order = shuffled(len(pairs), seed, epoch)
         first = number_in_epoch * batch_pairs
         indices = order[first:first + batch_pairs]
-        yield list(micro_batches(pairs, indices, micro_pairs, reference, sides, grid_count))
+        yield list(micro_batches(pairs, indices, micro_pairs, reference_table, sides, grid_count))
 
 
-def by_length(pairs: list[TokenPair], micro_pairs: int, reference: Tensor | None = None,
+def by_length(pairs: list[TokenPair], micro_pairs: int, reference_table: Tensor | None = None,
               sides: tuple[str, ...] = SIDES, grid_count: int = 1) -> Iterator[PackedBatch]:
     """For passes without updates: all pairs once, by length, in batches of up to micro_pairs.
 
-    reference, sides, grid_count: see pack.
+    reference_table, sides, grid_count: see pack.
     """
     indices = np.arange(len(pairs))
-    return micro_batches(pairs, indices, micro_pairs, reference, sides, grid_count)
+    return micro_batches(pairs, indices, micro_pairs, reference_table, sides, grid_count)
 
 
 def micro_batches(pairs: list[TokenPair], indices: np.ndarray, micro_pairs: int,
-                  reference: Tensor | None, sides: tuple[str, ...],
+                  reference_table: Tensor | None, sides: tuple[str, ...],
                   grid_count: int) -> Iterator[PackedBatch]:
     """The pairs at these places, sorted by length, in batches of up to micro_pairs.
 
@@ -488,7 +487,7 @@ def micro_batches(pairs: list[TokenPair], indices: np.ndarray, micro_pairs: int,
     indices = indices[np.argsort(lengths, kind="stable")]
     for first in range(0, len(indices), micro_pairs):
         some = indices[first:first + micro_pairs]
-        yield pack([pairs[index] for index in some], some, reference, sides, grid_count)
+        yield pack([pairs[index] for index in some], some, reference_table, sides, grid_count)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:

@@ -334,7 +334,7 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 # the chosen responses come first.
 #
 #     import torch
-#     from dpo import (check_start, cosine_lr, dpo_metrics, reference_logps, sequence_logps,
+#     from dpo import (check_start, cosine_lr, dpo_loss, reference_logps, sequence_logps,
 #                      train_step)
 #
 #     def logps_of(model, batch):
@@ -343,19 +343,18 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 #     # Without dropout, which would be noise in the rewards. No function here calls model.train().
 #     model.eval()
 #     pair_count = 8 * len(batches)
-#     reference = reference_logps(logps_of, model, batches, pair_count)   # (2, pair_count)
-#
-#     def reference_of(batch):
-#         chosen = reference[0, batch.indices]            # (8,)
-#         rejected = reference[1, batch.indices]          # (8,)
-#         return torch.cat([chosen, rejected])            # (16,), as logps_of returns them
+#     reference_table = reference_logps(logps_of, model, batches, pair_count)   # (2, pair_count)
 #
 #     def loss_function(model, batch):
-#         # dpo_metrics splits both (16,) into chosen and rejected, and calls dpo_loss.
-#         return dpo_metrics(logps_of(model, batch), reference_of(batch), beta=0.1)
+#         policy_chosen, policy_rejected = logps_of(model, batch).chunk(2)              # (8,) each
+#         reference_chosen, reference_rejected = reference_table[:, batch.indices]      # (8,) each
+#         loss, chosen_reward, rejected_reward = dpo_loss(
+#             policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1)
+#         return {"loss": loss, "margin": chosen_reward - rejected_reward}
 #
-#     # The policy still is the reference. If its log-probabilities differ, something is wrong.
-#     check_start(logps_of(model, batches[0]), reference_of(batches[0]))
+#     # The model is still the reference. If they differ, dropout is on, or pairs are mixed up.
+#     first = batches[0]
+#     check_start(logps_of(model, first), reference_table[:, first.indices].flatten())
 #     peak = 1e-5
 #     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
 #     for step, batch in enumerate(batches):

@@ -217,20 +217,20 @@ def train(config: Config) -> int:
 
     # The reference is this model. It is asked once about every pair. What it said goes into each
     # batch, as batch.reference. A run that is resumed in DPO has kept it, in last.pt.
-    reference = run.saved.get("reference", {})
-    if not reference:
+    reference_tables = run.saved.get("reference_tables", {})
+    if not reference_tables:
         for name, pairs in splits.items():
             batches = eval_batches(pairs, config, machine)
             batch_count = math.ceil(len(pairs) / config.micro_pairs)
             tracked = data.track(batches, f"reference of {name}", batch_count, "batches")
-            reference[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))
+            reference_tables[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))
 
     # The policy begins as its reference, in a resumed run, too: only fit loads the trained weights.
     # Check it, with the first batch that the reference had: eval_batches gives the same batches at
     # each call.
     if config.adapter != "replace":                    # a parallel one comes after SFT
         add_adapters(model, config.adapter, config.adapter_width)
-    first = next(eval_batches(splits["train"], config, machine, reference["train"]))
+    first = next(eval_batches(splits["train"], config, machine, reference_tables["train"]))
     with torch.no_grad():
         dpo.check_start(logps_of(model, first), first.reference)
     start = dpo.val_step(model, [first], dpo_loss_function)      # to be shown
@@ -240,14 +240,14 @@ def train(config: Config) -> int:
 
     # DPO.
     epochs = config.epochs or epochs_for(len(splits["train"]), config.batch_pairs)
-    state = fit(config, machine, run, "dpo", model, dpo_loss_function, splits, reference,
-                peak_lr=config.lr, epochs=epochs)
+    state = fit(config, machine, run, "dpo", model, dpo_loss_function, splits,
+                reference_tables, peak_lr=config.lr, epochs=epochs)
     save_tokenizer(config, run.folder / "best")
 
     # Test, with the best weights.
     model = GPT2.from_pretrained(run.folder / "best").to(machine.device)
-    test = dpo.val_step(model, eval_batches(splits["test"], config, machine, reference["test"]),
-                        dpo_loss_function)
+    tests = eval_batches(splits["test"], config, machine, reference_tables["test"])
+    test = dpo.val_step(model, tests, dpo_loss_function)
     count = len(splits["test"])
     accuracy = test["rewards/accuracies"]
     low, high = dpo.wilson_interval(accuracy, count)
@@ -295,7 +295,7 @@ class State:
 
 def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         loss_function: dpo.LossFunction, splits: dict[str, list[data.TokenPair]],
-        reference: dict[str, Tensor] | None = None, *, peak_lr: float, epochs: int,
+        reference_tables: dict[str, Tensor] | None = None, *, peak_lr: float, epochs: int,
         sides: tuple[str, ...] = data.SIDES) -> State:
     """Train the model on splits["train"], and keep the weights that are best on splits["val"].
 
@@ -303,10 +303,10 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     `epochs` epochs, or when config.patience validations in a row have brought no lower loss.
     If run.saved is of this stage, the loop goes on from there, as if it had not been stopped.
 
-    reference: of each split, what dpo.reference_logps returned. Raises FloatingPointError when
-    MAX_SKIPPED updates in a row had no finite loss and gradient.
+    reference_tables: of each split, what dpo.reference_logps returned. Raises FloatingPointError
+    when MAX_SKIPPED updates in a row had no finite loss and gradient.
     """
-    reference = reference or {}
+    reference_tables = reference_tables or {}          # SFT has none
     best_folder = run.folder / ("sft" if stage == "sft" else "best")
     updates_per_epoch = math.ceil(len(splits["train"]) / config.batch_pairs)
     total_steps = epochs * updates_per_epoch
@@ -325,8 +325,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         state = State(**run.saved["state"])
 
     updates = data.batches(splits["train"], config.batch_pairs, config.micro_pairs, config.seed,
-                           start=state.step, reference=reference.get("train"), sides=sides,
-                           grid_count=machine.grid_count)
+                           start=state.step, reference_table=reference_tables.get("train"),
+                           sides=sides, grid_count=machine.grid_count)
     first_step = state.step                            # of this process
     started = time.perf_counter()
     speeds = []                                        # tokens a second, since the last log line
@@ -339,8 +339,9 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         # with this validation, and it counts once.
         step = state.step
         if step % val_every == 0 or step == total_steps:
-            save_last(run, stage, model, optimizer, scaler, reference, state)
-            passes = eval_batches(splits["val"], config, machine, reference.get("val"), sides)
+            save_last(run, stage, model, optimizer, scaler, reference_tables, state)
+            passes = eval_batches(splits["val"], config, machine, reference_tables.get("val"),
+                                  sides)
             metrics = dpo.val_step(model, passes, loss_function)
             if metrics["loss"] < state.best_loss:      # at first it is infinite
                 state.best_loss = metrics["loss"]
@@ -393,7 +394,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
             state.window = []
             speeds = []
         if state.step % config.save_every == 0:
-            save_last(run, stage, model, optimizer, scaler, reference, state)
+            save_last(run, stage, model, optimizer, scaler, reference_tables, state)
 
     why = "all updates were made"
     if state.step < total_steps:
@@ -510,13 +511,14 @@ def half_swapped(splits: dict[str, list[data.TokenPair]]) -> dict[str, list[data
 
 
 def eval_batches(pairs: list[data.TokenPair], config: Config, machine: Machine,
-                reference: Tensor | None = None,
+                reference_table: Tensor | None = None,
                 sides: tuple[str, ...] = data.SIDES) -> Iterator[data.PackedBatch]:
     """Each pair once, in batches on the device, the same ones at each call.
 
     For validation, the reference, and the test.
     """
-    for batch in data.by_length(pairs, config.micro_pairs, reference, sides, machine.grid_count):
+    for batch in data.by_length(pairs, config.micro_pairs, reference_table, sides,
+                                machine.grid_count):
         yield batch.to(machine.device)
 
 
@@ -598,7 +600,8 @@ def check_same_run(folder: Path, config: Config, options: dict, audit: dict) -> 
 
 
 def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimizer,
-              scaler: torch.amp.GradScaler, reference: dict[str, Tensor], state: State) -> None:
+              scaler: torch.amp.GradScaler, reference_tables: dict[str, Tensor],
+              state: State) -> None:
     """Write last.pt: what --resume needs, beside config.json, the log, and the weights in sft/ and
     best/. It gets its name only when it is whole.
 
@@ -614,7 +617,7 @@ def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimize
     buffer = io.BytesIO()
     torch.save({"stage": stage, "state": asdict(state), "model": trained,
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "reference": reference, "metrics_bytes": run.metrics.tell()}, buffer)
+                "reference_tables": reference_tables, "metrics_bytes": run.metrics.tell()}, buffer)
     write_whole(run.folder / "last.pt", [buffer.getbuffer()])
 
 

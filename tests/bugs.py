@@ -127,13 +127,14 @@ BUGS = [
     Bug("another checkpoint as the reference",
         "the reference is not the model that DPO starts from", "trl #1236",
         "tests/test_train.py::test_before_the_first_update_the_policy_is_the_reference",
-        [("train.py", "reference[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))",
-          "reference[name] = dpo.reference_logps(logps_of, GPT2(model.config).to(machine.device), "
-          "tracked, len(pairs))")]),
+        [("train.py", "reference_tables[name] = dpo.reference_logps(logps_of, model, tracked, "
+          "len(pairs))",
+          "reference_tables[name] = dpo.reference_logps(logps_of, "
+          "GPT2(model.config).to(machine.device), tracked, len(pairs))")]),
     Bug("reference of other pairs", "the kept log-probabilities are read in another order", "",
         "tests/test_data.py::test_a_batch_has_its_own_pairs_reference_chosen_first",
-        [("data.py", "reference[0, indices]", "reference[0, :len(indices)]"),
-         ("data.py", "reference[1, indices]", "reference[1, :len(indices)]")]),
+        [("data.py", "reference_table[0, indices]", "reference_table[0, :len(indices)]"),
+         ("data.py", "reference_table[1, indices]", "reference_table[1, :len(indices)]")]),
     Bug("dropout in the policy alone", "dropout is on in training, and off for the reference",
         "trl #639, #744; 0xallam/Direct-Preference-Optimization",
         "tests/test_model.py::test_the_same_tokens_give_the_same_logits_in_training_mode",
@@ -190,7 +191,8 @@ BUGS = [
         "a resumed run begins its epoch anew: some pairs come twice, others never",
         "ms-swift #10050, accelerate PR #4071",
         "tests/test_fit.py::test_a_killed_run_goes_on_from_any_save",
-        [("train.py", "start=state.step, reference", "start=0, reference")], reached=False),
+        [("train.py", "start=state.step, reference_table", "start=0, reference_table")],
+        reached=False),
 
     # Data.
     Bug("prompt cut for one side", "how much of a long prompt stays depends on the chosen response "

@@ -703,7 +703,7 @@ def test_no_pairs_give_no_batches():
 def test_micro_batches_bring_their_own_pairs_reference():
     table = torch.arange(16.0).view(2, 8)  # pair n: n for its chosen response, 8 + n for the other
     passes = list(by_length(EIGHT, 3, table))
-    [update] = islice(batches(EIGHT, 8, 3, seed=0, reference=table), 1)
+    [update] = islice(batches(EIGHT, 8, 3, seed=0, reference_table=table), 1)
     for batch in passes + update:
         assert batch.reference.tolist() == batch.indices.tolist() + (batch.indices + 8).tolist()
 

@@ -311,12 +311,12 @@ def test_the_example_in_the_comment_trains_a_model_of_transformers():
     assert losses[-1] < losses[0] - 1e-5                # the rate is only 1e-5
     assert len(losses) == 20
 
-    reference = names["reference"]
-    assert reference.shape == (2, 160)
+    reference_table = names["reference_table"]
+    assert reference_table.shape == (2, 160)
     rows = batches[2].tokens.numpy()
     for side, row in ((0, rows[5]), (1, rows[8 + 5])):  # pair 5 of batch 2 is number 21
         expected = one_token_at_a_time(lambda tokens: start(tokens).logits, row[:4], row[4:6])
-        assert reference[side, 21].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert reference_table[side, 21].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # The same numbers, faster -----------------------------------------------------------------------

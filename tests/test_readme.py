@@ -258,7 +258,7 @@ def test_the_example_trains_a_transformers_model_from_its_own_log_probabilities(
             logp = before(row[None]).logits[0].log_softmax(-1)
             places = is_response.nonzero()[:, 0].tolist()
             expected.append(sum(logp[t - 1, row[t]] for t in places))
-        reference = names["reference"][:, batch.indices].flatten()
+        reference = names["reference_table"][:, batch.indices].flatten()
         torch.testing.assert_close(reference, torch.stack(expected), rtol=1e-5, atol=1e-5)
     # The last update began as good as at the reference, as the rate was 2e-7 at most.
     assert names["metrics"]["loss"] == pytest.approx(math.log(2), abs=1e-4)

@@ -70,7 +70,7 @@ def test_an_update_of_12_layers_starts_few_operations(adapter, dtype, limit):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
     pairs = [token_pair(130 + number % 9, 1 + number % 2, 1) for number in range(32)]
-    batch = data.pack(pairs, range(32), reference=torch.full((2, 32), -20.0))
+    batch = data.pack(pairs, range(32), reference_table=torch.full((2, 32), -20.0))
     assert len(batch.to_rows) == 1 and batch.to_rows[0].shape[1] > 128
 
     def loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:

@@ -442,7 +442,7 @@ def test_the_folder_best_holds_the_weights_of_the_best_step(a_run):
     assert (vals[-1]["best"], vals[-1]["best_step"]) == (best["loss"], best["step"])
 
     pairs = a_run.pairs["val"]
-    reference = torch.load(a_run.out / "last.pt")["reference"]["val"]
+    reference = torch.load(a_run.out / "last.pt")["reference_tables"]["val"]
     batch = data.pack(pairs, range(len(pairs)), reference)
     beta = data.read_run(a_run.out)["options"]["beta"]
 
@@ -463,7 +463,7 @@ def test_the_reference_is_the_model_after_sft(a_run):
         start = add_adapters(GPT2.from_pretrained(a_run.model), "replace", 32, "pretrained")
     else:
         start = GPT2.from_pretrained(a_run.out / "sft")
-    saved = torch.load(a_run.out / "last.pt")["reference"]
+    saved = torch.load(a_run.out / "last.pt")["reference_tables"]
     assert set(saved) == {"train", "val", "test"}
     for split, table in saved.items():
         pairs = a_run.pairs[split]
