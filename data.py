@@ -299,9 +299,10 @@ def pad(pairs: list[TokenPair], indices: Sequence[int]) -> PaddedBatch:
 
 class PackedBatch(NamedTuple):
     """B pairs, packed: the tokens stand in one line, each prompt once, then its two responses
-    without their last tokens, which no model reads.
+    without their last tokens, from which nothing is predicted.
 
-    dpo.packed_logps shows the batch of two short pairs with all its numbers, and what they are for.
+    The docstring of dpo.packed_logps shows the batch of two short pairs with all its numbers, and
+    what they are for. `cell` is explained there: attention's grid, numbered row by row.
     A place counts along the line. A batch for supervised fine-tuning has the chosen responses
     alone: B instead of 2B. int64 where nothing else is said.
     """
@@ -314,7 +315,7 @@ class PackedBatch(NamedTuple):
     owner: Tensor                  # (M,) the response, 0 to 2B - 1, to which the target belongs
     response_lengths: Tensor       # (2B,) how many tokens each response has
     indices: Tensor                # (B,) the pairs' places in the data set
-    reference: Tensor              # (2B,) float32: the reference's logps; nan before it was asked
+    reference_logps: Tensor        # (2B,) float32, in nats; nan before the reference was asked
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on a device."""
@@ -328,7 +329,7 @@ class PackedBatch(NamedTuple):
             owner=self.owner.to(device),
             response_lengths=self.response_lengths.to(device),
             indices=self.indices.to(device),
-            reference=self.reference.to(device),
+            reference_logps=self.reference_logps.to(device),
         )
 
 
@@ -381,12 +382,12 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
 
     indices = torch.as_tensor(indices, dtype=torch.int64)
     if reference_table is None:
-        reference = torch.full((len(all_rows),), math.nan)
+        reference_logps = torch.full((len(all_rows),), math.nan)
     else:
         assert sides == SIDES, f"the reference is of both sides, the batch of {sides}"
         chosen = reference_table[0, indices]                       # (B,)
         rejected = reference_table[1, indices]                     # (B,)
-        reference = torch.cat([chosen, rejected])                  # (2B,)
+        reference_logps = torch.cat([chosen, rejected])            # (2B,)
     to_rows, to_line = make_grids(all_rows, length, grid_count)
     return PackedBatch(
         tokens=joined(line),
@@ -398,7 +399,7 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
         owner=joined(owner),
         response_lengths=torch.tensor([len(response) for response in all_responses]),
         indices=indices,
-        reference=reference,
+        reference_logps=reference_logps,
     )
 
 

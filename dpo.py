@@ -41,12 +41,17 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     response. `policy` is the model that trains, `reference` a frozen copy of it from before the
     first update. beta is the price of leaving the reference: the weight of the KL term in the
     paper's objective, mean reward - beta * KL(pi || pi_ref). The larger beta is, the closer the
-    policy stays. The policy pi that makes this objective highest has
+    policy stays. The policy pi that makes this objective highest follows from the reward; solved
+    for the reward, that is
 
         reward = beta * log(pi / pi_ref) + beta * log Z(prompt)
 
-    In the loss log Z cancels, as both responses have the same prompt. beta * log(pi / pi_ref) is
-    called the implicit reward.
+    People prefer the chosen response, by Bradley and Terry's model, with the probability
+
+        sigmoid(reward(chosen) - reward(rejected))
+
+    and the loss is its negative log. log Z cancels in it, as both responses have the same prompt.
+    What is left of the reward, beta * log(pi / pi_ref), is called the implicit reward.
 
     Returns the loss and the implicit rewards of both responses, (B,) each. These are for logging,
     so they carry no gradient.
@@ -62,15 +67,15 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     return loss, chosen_reward.detach(), rejected_reward.detach()
 
 
-def sft_loss(chosen: Tensor, chosen_lengths: Tensor) -> Tensor:
+def sft_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
     """The loss of the stage before DPO, supervised fine-tuning (SFT): nats a token, (B,).
 
     Each response counts the same, however long it is.
 
-    chosen (B,): log pi(response | prompt) of the chosen responses. chosen_lengths (B,) int64: their
-    lengths in tokens.
+    chosen_logps (B,): log pi(response | prompt) of the chosen responses. chosen_lengths (B,) int64:
+    their lengths in tokens.
     """
-    return -chosen / chosen_lengths
+    return -chosen_logps / chosen_lengths
 
 
 # 2. What goes into it ---------------------------------------------------------------------------
@@ -79,7 +84,7 @@ def sft_loss(chosen: Tensor, chosen_lengths: Tensor) -> Tensor:
 def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tensor) -> Tensor:
     """log pi(response | prompt) of every row, (R,), in nats.
 
-    model: any function from tokens (R, T) to logits (R, T, V).
+    model: any causal language model, as a function from tokens (R, T) to logits (R, T, V).
     tokens (R, T) int64: in each row a prompt, then a response, then padding.
     mask (R, T) bool: True on the tokens of the response.
 
@@ -135,14 +140,14 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
 # 3. What one watches ----------------------------------------------------------------------------
 
 
-def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Tensor]:
+def dpo_metrics(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> dict[str, Tensor]:
     """The DPO loss, and what tells whether training goes well: a dict of (B,) tensors.
 
-    policy, reference (2B,): logps in nats, chosen first. The names, but for the last, are trl's, so
-    that runs can be compared. Only "loss" carries a gradient.
+    policy_logps, reference_logps (2B,): in nats, chosen first. The names of the metrics, but for
+    the last, are trl's, so that runs can be compared. Only "loss" carries a gradient.
     """
-    policy_chosen, policy_rejected = policy.chunk(2)
-    reference_chosen, reference_rejected = reference.chunk(2)
+    policy_chosen, policy_rejected = policy_logps.chunk(2)           # (B,) each
+    reference_chosen, reference_rejected = reference_logps.chunk(2)  # (B,) each
     loss, chosen_reward, rejected_reward = dpo_loss(
         policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta)
 
@@ -157,8 +162,8 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
         "rewards/accuracies": wins + ties / 2,         # a tie counts 1/2 (in trl: 0)
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
-        # The loss sees only the margin, so it can fall although both rewards fall. This is the
-        # share of chosen responses that are less likely than under the reference.
+        # The loss sees only the margin, so it can fall although both rewards fall. So count the
+        # chosen responses that are less likely than under the reference: 1 for each, else 0.
         "chosen_below_reference": (chosen_reward < 0).to(margin.dtype),
     }
 
@@ -183,7 +188,7 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     scale = 1 + z**2 / count
     center = (mean + z**2 / (2 * count)) / scale
     half_width = z * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2)) / scale
-    # Without rounding, neither end would leave [0, 1].
+    # Only rounding can push an end out of [0, 1].
     return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
@@ -301,12 +306,12 @@ def val_step(model: nn.Module, batches: Iterable, loss_function: LossFunction) -
     return as_floats(mean_over_pairs(parts))
 
 
-def check_start(policy: Tensor, reference: Tensor) -> None:
+def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
     """Before the first update the policy must equal its reference. Raises ValueError if it doesn't.
 
-    policy, reference (2B,): logps in nats of one batch. The policy must be asked with the very
-    batch that the reference was asked with. Where other pairs stand together, sums are rounded in
-    another way, above all in bfloat16.
+    policy_logps, reference_logps (2B,): in nats, of one batch. The policy must be asked with the
+    very batch that the reference was asked with, on the same kind of machine. Otherwise sums are
+    rounded in another way, above all in bfloat16.
 
     At this moment all rewards are 0 and the loss of equation 7 is log 2. If they are not, training
     would still run, towards a wrong goal. This check catches dropout that was left on, a reference
@@ -314,24 +319,24 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
     anything; and a wrong order of the pairs, as far as this batch shows it. It can't catch what is
     wrong in both alike, such as a wrong mask.
 
-    Only rounding is allowed: some devices add up numbers in a changing order. The limit is 4 times
-    float32's relative precision: for logps near -150, 4 * 1.2e-7 * 150 = 0.00007 nats. Any small
-    factor would do, as faults make far larger differences. It holds for bfloat16, too: the same
-    batch is rounded in the same way.
+    The mean of |policy - reference| may be 4 * eps * the mean of |reference|, with float32's eps,
+    1.2e-7: for logps near -150 that is 0.00007 nats. It leaves room for the last sum, which is in
+    float32, and which some devices make in a changing order. All that comes before it, in bfloat16
+    too, is rounded in the same way each time. Faults make far larger differences.
     """
-    difference = (policy - reference).abs().mean().item()
-    rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
+    difference = (policy_logps - reference_logps).abs().mean().item()
+    rounding = torch.finfo(torch.float32).eps * reference_logps.abs().mean().item()
     if not difference <= 4 * rounding:                 # written so that nan is refused, too
         raise ValueError(
             f"before the first update the policy's log-probabilities differ from the reference's "
             f"by {difference:.3g} nats on average, expected at most {4 * rounding:.3g}: look for "
-            f"dropout, for a reference of another model or other data, or for an adapter that is "
-            f"not the identity at first")
+            f"dropout, for a reference of another model, of other data or from another machine, or "
+            f"for an adapter that is not the identity at first")
 
 
 # All of it together. `model` is one of `transformers`, on the CPU. `batches` is a list of batches
 # of 8 pairs, as data.pad makes them: tokens (16, T), mask (16, T) and indices (8,). The 8 rows with
-# the chosen responses come first.
+# the chosen responses come first. (tests/test_dpo.py runs these lines.)
 #
 #     import torch
 #     from dpo import (check_start, cosine_lr, dpo_loss, reference_logps, sequence_logps,
@@ -432,11 +437,11 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     stands where: the rows of any x (7, C) of the line are x[to_rows[0]] (4, 4, C). The dots are
     padding. In the tensor, padding is place 0, too: nobody reads the result there.
 
-                                   tokens         to_rows        numbered row by row
-        chosen of pair 0         10 11 20 21     0  1  2  3        0   1  (2) (3)
-        chosen of pair 1         12  .  .  .     5  .  .  .        4   .   .   .
-        rejected of pair 0       10 11 30  .     0  1  4  .       (8) (9)(10)  .
-        rejected of pair 1       12 41  .  .     5  6  .  .      (12)(13)  .   .
+                                   tokens         to_rows
+        chosen of pair 0         10 11 20 21     0  1  2  3
+        chosen of pair 1         12  .  .  .     5  .  .  .
+        rejected of pair 0       10 11 30  .     0  1  4  .
+        rejected of pair 1       12 41  .  .     5  6  .  .
 
     >>> batch.to_rows[0]       # of the only grid: data.pack can make several
     tensor([[0, 1, 2, 3],
@@ -444,10 +449,18 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
             [0, 1, 4, 0],
             [5, 6, 0, 0]])
 
-    to_line says for each place of the line which cell of the grid has its result: the results
-    y (4, 4, C) go back to the line by y.flatten(0, 1)[to_line] (7, C). These cells have their
-    numbers in brackets. The prompt of pair 0 stands in two rows, with the same results in both, as
-    it sees only itself. The later ones are taken: place 0, the token 10, has 8.
+    Attention's results y (4, 4, C) go back to the line by y.flatten(0, 1)[to_line] (7, C): to_line
+    says for each place of the line which cell of the grid has its result. The cells are numbered
+    row by row:
+
+         0   1   2   3
+         4   .   .   .
+         8   9  10   .
+        12  13   .   .
+
+    Place 0, the token 10 of pair 0's prompt, is in the cells 0 and 8. Both have the same result, as
+    the prompt sees only itself. The later one is taken: 8 for place 0, 9 for place 1, and then 2
+    and 3 for the chosen response.
 
     >>> batch.to_line
     tensor([ 8,  9,  2,  3, 10, 12, 13])
@@ -457,12 +470,10 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     prediction, predicts is the place, targets the token that came, owner the response (0 to 3, in
     the order of the rows above) to which it belongs:
 
-    >>> batch.predicts
-    tensor([1, 2, 3, 5, 1, 4, 5, 6])
-    >>> batch.targets
-    tensor([20, 21, 99, 40, 30, 99, 41, 42])
-    >>> batch.owner
-    tensor([0, 0, 0, 1, 2, 2, 3, 3])
+    >>> torch.stack([batch.predicts, batch.targets, batch.owner])
+    tensor([[ 1,  2,  3,  5,  1,  4,  5,  6],
+            [20, 21, 99, 40, 30, 99, 41, 42],
+            [ 0,  0,  0,  1,  2,  2,  3,  3]])
 
     The same four numbers as from padded rows:
 
@@ -487,8 +498,9 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     mean_row = head.detach().mean(0)                   # (C,)
     head = head - mean_row
 
-    # Autocast does not reach into the backward pass that TargetLogps has of its own. Without these
-    # casts its products would be in float32, and slow.
+    # Autocast does not reach into the backward pass that TargetLogps has of its own. So what it
+    # gets, and keeps for that pass, has autocast's format already: else its products would be in
+    # float32, and slow.
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         hidden = hidden.to(torch.get_autocast_dtype(device_type))
@@ -566,12 +578,12 @@ def logps_and_derivative(h: Tensor, head: Tensor, target: Tensor) -> tuple[Tenso
     """log p of the targets, (piece,); and its derivative by the logits, one_hot - softmax,
     (V, piece), in the number format of h.
 
-    h (piece, C), head (V, C), target (piece,). All is done in place: one array of V x piece numbers
-    is enough.
+    h (piece, C), head (V, C), target (piece,). All is done in place: in float32 one array of
+    V x piece numbers is enough. It holds logits, then exp, then minus softmax, then the result.
     """
     logits = at_least_float32(head @ h.T)                                    # (V, piece)
     logits -= logits.amax(0)                           # so that no exp is too large
-    target_logits = logits.gather(0, target[None, :]).squeeze(0)             # (piece,)
+    target_logits = logits.gather(0, target[None, :]).squeeze(0)             # (piece,), a copy
     exp = logits.exp_()
     z = exp.sum(0)                                                           # (piece,)
     d_logits = exp.div_(-z)                            # -softmax
@@ -594,19 +606,20 @@ VARIANTS = ("sigmoid", "robust", "ipo", "hinge", "sigmoid_norm")
 USES_SMOOTHING = ("sigmoid", "robust")                 # those that have a use for label_smoothing
 
 
-def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, beta: float,
-                 variant: str, label_smoothing: float = 0.0) -> Tensor:
+def variant_loss(policy_logps: Tensor, reference_logps: Tensor, response_lengths: Tensor,
+                 beta: float, variant: str, label_smoothing: float = 0.0) -> Tensor:
     """The loss of each pair, (B,), in the form that others have proposed, under trl's names.
 
-    policy, reference (2B,): logps in nats, chosen first. response_lengths (2B,) int64: of each
-    response in tokens, for the variants that take means over tokens. label_smoothing: the share of
-    labels that are believed to be wrong. Raises ValueError for options that check_variant refuses.
+    policy_logps, reference_logps (2B,): in nats, chosen first. response_lengths (2B,) int64: of
+    each response in tokens, for the variants that take means over tokens. label_smoothing: the
+    share of labels that are believed to be wrong. Raises ValueError for options that check_variant
+    refuses.
     """
     check_variant(variant, label_smoothing)
-    chosen_logratio, rejected_logratio = (policy - reference).chunk(2)       # (B,) each
+    chosen_logratio, rejected_logratio = (policy_logps - reference_logps).chunk(2)     # (B,) each
     margin = beta * (chosen_logratio - rejected_logratio)         # the difference of the rewards
     chosen_lengths, rejected_lengths = response_lengths.chunk(2)
-    chosen_mean = chosen_logratio / chosen_lengths                # over tokens, in place of a sum
+    chosen_mean = chosen_logratio / chosen_lengths                # over tokens: nats a token
     rejected_mean = rejected_logratio / rejected_lengths
 
     if variant == "sigmoid":
@@ -638,7 +651,7 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
         # Liu et al. 2023 (arXiv:2309.06657): the hinge loss of SLiC on DPO's rewards.
         return F.relu(1 - margin)
 
-    # "sigmoid_norm", the last of VARIANTS.
+    assert variant == "sigmoid_norm", variant
     # Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in place of sums,
     # against the bias to long responses.
     return -F.logsigmoid(beta * (chosen_mean - rejected_mean))

@@ -218,8 +218,8 @@ class GPT2(nn.Module):
             # those that are missing or of a wrong shape.
             model.load_state_dict(weights, assign=True)
         except Exception as error:  # a damaged file, a pickle above all, raises whatever it likes
-            raise ValueError(f"{file}: damaged (then delete it), or no GPT-2 that this code can "
-                             f"load: {str(error)[:600]}") from error
+            raise ValueError(f"{file}: can't be loaded as a GPT-2: {str(error)[:600]}; if the file "
+                             f"is damaged, delete it") from error
         return model
 
 
@@ -316,7 +316,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """One token of each row: logits (R, V) -> (R,) int64. At temperature 0 the likeliest.
 
     top_p (Holtzman et al. 2020, arXiv:1904.09751): only the likeliest tokens may be drawn, the
-    fewest whose probabilities add up to top_p.
+    fewest whose probabilities add up to at least top_p.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -374,9 +374,9 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
 # 3. Adapters ------------------------------------------------------------------------------------
 #
 # An adapter is an MLP as GPT-2 has it, only narrower. Houlsby et al. 2019 (arXiv:1902.00751) put
-# adapters behind each MLP. A parallel adapter stands beside it (He et al. 2022, arXiv:2110.04366),
-# so that MLP and adapter can be merged into one MLP after training. A replacing one takes its
-# place.
+# adapters behind attention and behind the MLP. A parallel adapter stands beside the MLP (He et al.
+# 2022, arXiv:2110.04366), so that both can be merged into one MLP after training. A replacing one
+# takes its place.
 
 ADAPTERS = ("parallel", "replace", "none")
 ADAPTER_INITS = ("scratch", "pretrained")

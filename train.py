@@ -189,10 +189,10 @@ def train(config: Config) -> int:
 
     def dpo_loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
         logps = logps_of(model, batch)
-        metrics = dpo.dpo_metrics(logps, batch.reference, config.beta)
+        metrics = dpo.dpo_metrics(logps, batch.reference_logps, config.beta)
         # Its loss is equation 7's. By the options, another one takes its place.
         if config.loss != "sigmoid" or config.label_smoothing > 0:
-            metrics["loss"] = dpo.variant_loss(logps, batch.reference, batch.response_lengths,
+            metrics["loss"] = dpo.variant_loss(logps, batch.reference_logps, batch.response_lengths,
                                                config.beta, config.loss, config.label_smoothing)
         if config.sft_coef > 0:
             chosen, _ = logps.chunk(2)
@@ -202,11 +202,12 @@ def train(config: Config) -> int:
         return metrics
 
     # SFT: all weights learn to write like the chosen answers. With 0 epochs the model is only
-    # validated, and saved.
-    if config.adapter == "replace":                    # before SFT, which trains it, too
+    # validated, and saved. A replacing adapter has to be here already, as SFT must make up for the
+    # MLP that is gone. A parallel one comes after SFT: only DPO trains it.
+    if config.adapter == "replace":
         add_adapters(model, "replace", config.adapter_width, config.adapter_init)
     sft_splits = splits
-    if config.demo:
+    if config.demo:                                    # here SFT leaves the choice to DPO
         sft_splits = half_swapped(splits)
     sft_is_done = run.saved.get("stage") == "dpo"      # the run was stopped in DPO, and is resumed
     if not sft_is_done:
@@ -216,7 +217,7 @@ def train(config: Config) -> int:
     model = GPT2.from_pretrained(run.folder / "sft").to(machine.device)      # the best weights
 
     # The reference is this model. It is asked once about every pair. What it said goes into each
-    # batch, as batch.reference. A run that is resumed in DPO has kept it, in last.pt.
+    # batch, as batch.reference_logps. A run that is resumed in DPO has kept it, in last.pt.
     reference_tables = run.saved.get("reference_tables", {})
     if not reference_tables:
         for name, pairs in splits.items():
@@ -228,11 +229,11 @@ def train(config: Config) -> int:
     # The policy begins as its reference, in a resumed run, too: only fit loads the trained weights.
     # Check it, with the first batch that the reference had: eval_batches gives the same batches at
     # each call.
-    if config.adapter != "replace":                    # a parallel one comes after SFT
+    if config.adapter != "replace":
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference_tables["train"]))
     with torch.no_grad():
-        dpo.check_start(logps_of(model, first), first.reference)
+        dpo.check_start(logps_of(model, first), first.reference_logps)
     start = dpo.val_step(model, [first], dpo_loss_function)      # to be shown
     print(f"start  the policy equals its reference | loss {start['loss']:.4f} | "
           f"rewards {start['rewards/chosen']:.4f} and {start['rewards/rejected']:.4f}")
@@ -266,7 +267,8 @@ def epochs_for(pairs: int, batch_pairs: int) -> int:
     """How many passes over so many pairs come nearest to 250 updates: at least 1, at most 10.
 
     A small data set is repeated: with few updates, the default rates would not take the policy
-    far from its reference.
+    far from its reference. A large one makes more updates in a single pass: 45,000 pairs make
+    1,407.
 
     >>> [epochs_for(pairs, batch_pairs=32) for pairs in (45_000, 2_700, 750, 100)]
     [1, 3, 10, 10]
@@ -282,7 +284,7 @@ MAX_SKIPPED = 20               # so many skipped updates in a row end a run
 
 @dataclass
 class State:
-    """Where a loop is. How it goes on also depends on weights, optimizer, scaler and reference."""
+    """Where a loop is. save_last has what else a resumed run needs."""
     step: int = 0              # updates so far, skipped ones too
     best_loss: float = math.inf
     best_step: int = 0
@@ -319,7 +321,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     state = State()
     if run.saved.get("stage") == stage:
-        model.load_state_dict(run.saved["model"], strict=False)   # frozen weights are there already
+        # strict=False: only what trains was saved. The frozen weights are there already.
+        model.load_state_dict(run.saved["model"], strict=False)
         optimizer.load_state_dict(run.saved["optimizer"])
         scaler.load_state_dict(run.saved["scaler"])
         state = State(**run.saved["state"])
@@ -335,8 +338,13 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         # Validation: before the first update, every val_every updates, and after the last. With 12
         # updates and val_every 4, V for a validation and u for an update: V uuuu V uuuu V uuuu V.
         #
-        # The state is saved before a validation, not after. So a run that goes on from there begins
-        # with this validation, and it counts once.
+        # The state is saved before a validation, not after, and a run that goes on from there makes
+        # this validation (again). So it counts once, wherever the kill came:
+        #
+        #     before this save is whole      the save before it is still there: the updates since
+        #                                    then are made again
+        #     in the validation, or later    the saved state doesn't count it yet; best weights that
+        #                                    it wrote are written once more, the same ones
         step = state.step
         if step % val_every == 0 or step == total_steps:
             save_last(run, stage, model, optimizer, scaler, reference_tables, state)
@@ -576,8 +584,8 @@ def read_last(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:         # a damaged file raises whatever it likes
-        raise ValueError(f"{path}: damaged ({error!s:.200}): delete it to begin the run anew, or "
-                         f"take another --out") from error
+        raise ValueError(f"{path}: can't be read: {error!s:.200}; if the file is damaged, delete "
+                         f"it to begin the run anew, or take another --out") from error
 
 
 def check_same_run(folder: Path, config: Config, options: dict, audit: dict) -> None:

@@ -551,8 +551,9 @@ def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...
     assert batch.response_lengths.tolist() == response_lengths
     assert len(tokens) == read + sum(len(pair.prompt) for pair in own_pairs)
 
-    assert batch.reference.dtype == torch.float32
-    for tensor in [*batch.to_rows, *batch._replace(to_rows=batch.tokens, reference=batch.indices)]:
+    assert batch.reference_logps.dtype == torch.float32
+    for tensor in [*batch.to_rows, *batch._replace(to_rows=batch.tokens,
+                                                       reference_logps=batch.indices)]:
         assert tensor.dtype == torch.int64
 
 
@@ -603,9 +604,9 @@ TABLE = torch.tensor([[-10.0, -11.0, -12.0],   # of the chosen responses of pair
 
 def test_a_batch_has_its_own_pairs_reference_chosen_first():
     batch = pack(WORKED, [2, 0], TABLE)
-    assert batch.reference.tolist() == [-12.0, -10.0, -22.0, -20.0]
+    assert batch.reference_logps.tolist() == [-12.0, -10.0, -22.0, -20.0]
     batch = pack(WORKED, np.array([1, 2]), TABLE)
-    assert batch.reference.tolist() == [-11.0, -12.0, -21.0, -22.0]
+    assert batch.reference_logps.tolist() == [-11.0, -12.0, -21.0, -22.0]
 
 
 def test_a_reference_is_of_both_sides():
@@ -616,10 +617,10 @@ def test_a_reference_is_of_both_sides():
 
 def test_a_reference_that_was_not_asked_is_nan():
     """So a loss that reads it shows at once."""
-    reference = pack(WORKED, [2, 0]).reference
+    reference = pack(WORKED, [2, 0]).reference_logps
     assert reference.shape == (4,)
     assert reference.isnan().all()
-    assert pack(WORKED, [2, 0], sides=("chosen",)).reference.isnan().tolist() == [True, True]
+    assert pack(WORKED, [2, 0], sides=("chosen",)).reference_logps.isnan().tolist() == [True, True]
 
 
 def test_a_batch_moves_with_all_its_parts():
@@ -705,7 +706,8 @@ def test_micro_batches_bring_their_own_pairs_reference():
     passes = list(by_length(EIGHT, 3, table))
     [update] = islice(batches(EIGHT, 8, 3, seed=0, reference_table=table), 1)
     for batch in passes + update:
-        assert batch.reference.tolist() == batch.indices.tolist() + (batch.indices + 8).tolist()
+        numbers = batch.indices
+        assert batch.reference_logps.tolist() == numbers.tolist() + (numbers + 8).tolist()
 
 
 @given(lengths, st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 9),

@@ -75,7 +75,7 @@ def test_dpo_and_its_backward_pass_stay_on_the_device(kind):
     batch = batch_of(data.SIDES)
     with OnMeta() as watch:
         logps = dpo.packed_logps(model, batch)
-        dpo.dpo_metrics(logps, batch.reference, beta=0.1)["loss"].sum().backward()
+        dpo.dpo_metrics(logps, batch.reference_logps, beta=0.1)["loss"].sum().backward()
     assert watch.operations > 100
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained
@@ -87,7 +87,7 @@ def test_the_variants_stay_on_the_device(variant):
     batch = batch_of(data.SIDES)
     with OnMeta() as watch:
         logps = dpo.packed_logps(on_meta("none"), batch)
-        loss = dpo.variant_loss(logps, batch.reference, batch.response_lengths, 0.1, variant)
+        loss = dpo.variant_loss(logps, batch.reference_logps, batch.response_lengths, 0.1, variant)
         loss.sum().backward()
     assert watch.operations > 100
 

@@ -350,9 +350,9 @@ def test_an_oracle_agrees_on_logps_loss_metrics_and_gradients(model):
     beta = 0.5
     numbers = [2, 0, 3, 1]
     batch = data.pack(PAIRS, numbers, REFERENCE)
-    assert torch.equal(batch.reference, REFERENCE[:, numbers].flatten())
+    assert torch.equal(batch.reference_logps, REFERENCE[:, numbers].flatten())
     logps = dpo.packed_logps(model, batch)
-    metrics = dpo.dpo_metrics(logps, batch.reference, beta)
+    metrics = dpo.dpo_metrics(logps, batch.reference_logps, beta)
     loss = metrics["loss"] + 0.3 * dpo.sft_loss(logps[:4], batch.response_lengths[:4])
 
     rows = []
@@ -402,8 +402,8 @@ def test_neither_padding_nor_batch_mates_nor_order_matter(model, order, grids):
     logps = dpo.packed_logps(model, batch)
     found = dpo.packed_logps(model, other)
     torch.testing.assert_close(found.view(2, 4), logps.view(2, 4)[:, order])
-    loss = dpo.dpo_metrics(logps, batch.reference, 0.5)["loss"].mean()
-    other_loss = dpo.dpo_metrics(found, other.reference, 0.5)["loss"].mean()
+    loss = dpo.dpo_metrics(logps, batch.reference_logps, 0.5)["loss"].mean()
+    other_loss = dpo.dpo_metrics(found, other.reference_logps, 0.5)["loss"].mean()
     assert close(gradients(model, other_loss), gradients(model, loss))
 
     alone = [dpo.packed_logps(model, data.pack([pair], [0])) for pair in PAIRS]
@@ -429,7 +429,7 @@ def test_autocast_is_for_the_model_and_the_loss_is_float32():
     batch = data.pack(PAIRS, NUMBERS, REFERENCE.float())
     with torch.autocast("cpu", torch.bfloat16):
         logps = dpo.packed_logps(model, batch)
-    for name, values in dpo.dpo_metrics(logps, batch.reference, 0.5).items():
+    for name, values in dpo.dpo_metrics(logps, batch.reference_logps, 0.5).items():
         assert values.dtype == torch.float32, name
     exact = oracle(model).detach()
     assert 1e-6 < ((logps - exact) / exact).abs().max() < 0.01     # bfloat16 was used, and is near
@@ -604,7 +604,7 @@ def test_micro_batches_make_the_update_of_the_whole_batch(model, parts):
 
 
 def packed_loss(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
-    return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference, beta=0.5)
+    return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference_logps, beta=0.5)
 
 
 def test_a_long_gradient_is_clipped_and_its_own_norm_told():
@@ -805,7 +805,8 @@ def test_a_start_that_is_refused_is_told_with_what_was_expected():
 
 def test_the_check_of_the_start_does_not_depend_on_beta():
     """Its tolerance is one of logps. Of rewards, beta 0.01 would hide what beta 1 shows."""
-    assert list(inspect.signature(dpo.check_start).parameters) == ["policy", "reference"]
+    assert list(inspect.signature(dpo.check_start).parameters) == [
+        "policy_logps", "reference_logps"]
 
 
 @torch.no_grad()

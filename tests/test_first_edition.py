@@ -82,7 +82,7 @@ def test_three_updates_have_the_numbers_of_the_first_edition(adapter):
     batches = []
     for _ in range(3):
         batch, = next(updates)
-        batches.append(batch._replace(reference=shifted_start(model, batch)))
+        batches.append(batch._replace(reference_logps=shifted_start(model, batch)))
     assert len(pairs) == 2459
     assert [batch.indices.sum().item() for batch in batches] == FIRST_PAIR_NUMBERS
 
@@ -92,7 +92,7 @@ def test_three_updates_have_the_numbers_of_the_first_edition(adapter):
     assert checksum(trained)[:3] == pytest.approx(FIRST_TRAINED[adapter], rel=1e-6)
 
     def loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
-        return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference, beta=1.0)
+        return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference_logps, beta=1.0)
 
     optimizer = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.0, fused=True)
     for batch, expected in zip(batches, FIRST_EDITION[adapter], strict=True):

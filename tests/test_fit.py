@@ -46,7 +46,7 @@ SPLITS = {"train": token_pairs(23, seed=1), "val": token_pairs(5, seed=2)}
 
 
 def loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
-    return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference, beta=0.5)
+    return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference_logps, beta=0.5)
 
 
 def reference_with_nan(*updates: int) -> dict[str, Tensor]:

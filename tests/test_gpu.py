@@ -63,7 +63,7 @@ def loss_and_gradients(device: torch.device, dtype: torch.dtype, adapter: str) -
     batch = one_batch().to(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         logps = dpo.packed_logps(model, batch)
-    loss = dpo.dpo_metrics(logps, batch.reference, beta=0.1)["loss"].mean()
+    loss = dpo.dpo_metrics(logps, batch.reference_logps, beta=0.1)["loss"].mean()
     loss.backward()
     gradients = [weight.grad.cpu() for weight in model.parameters() if weight.requires_grad]
     return loss.item(), gradients
@@ -97,7 +97,7 @@ def test_sampled_answers_follow_the_seed(device):
 
 
 def loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
-    return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference, beta=0.1)
+    return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference_logps, beta=0.1)
 
 
 def test_memory_does_not_grow_from_step_to_step(device):

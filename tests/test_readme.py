@@ -172,14 +172,14 @@ def test_the_defaults_are_those_of_the_program():
         ["`--batch_pairs`, in an update", str(adapters.batch_pairs)],
         ["`--sft_epochs`, passes over the pairs in SFT", str(adapters.sft_epochs)],
         ["`--epochs`, passes in DPO",
-         f"as many as make about 250 updates, from {fewest} to {most}: "
+         f"as many as come nearest to 250 updates, at least {fewest}, at most {most}: "
          f"{train.epochs_for(1000, 32)} for 1,000 training pairs, {fewest} for all of hh-rlhf"],
         ["`--adapter`, what DPO trains",
-         f"`{adapters.adapter}`: the adapters (llama.cpp can't load the model that comes of it); "
-         f"`none`: all weights"],
+         f"`{adapters.adapter}`: the adapters (merged, they make MLPs wider than GPT-2's, which "
+         f"llama.cpp can't load); `none`: all weights"],
         ["`--warmup_share`, the share of the updates during which the rate grows",
          str(adapters.warmup_share)],
-        ["`--vals`, validations, evenly spaced, beside the one before the first update",
+        ["`--vals`, validations, evenly spaced, after the one before the first update",
          f"{adapters.vals} at most"],
         ["`--patience`, validations in a row without a new lowest loss, after which training ends",
          str(adapters.patience)],

@@ -76,7 +76,7 @@ def test_an_update_of_12_layers_starts_few_operations(adapter, dtype, limit):
     def loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logps = dpo.packed_logps(model, batch, piece=8192)
-        return dpo.dpo_metrics(logps, batch.reference, beta=0.1)
+        return dpo.dpo_metrics(logps, batch.reference_logps, beta=0.1)
 
     dpo.train_step(model, [batch], optimizer, loss_function)       # makes the optimizer's state
     with CountOperations() as operations:
@@ -223,7 +223,7 @@ class WatchReads(TorchDispatchMode):
 
 
 def small_loss(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
-    return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference, beta=0.1)
+    return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference_logps, beta=0.1)
 
 
 @pytest.fixture

@@ -447,7 +447,7 @@ def test_the_folder_best_holds_the_weights_of_the_best_step(a_run):
     beta = data.read_run(a_run.out)["options"]["beta"]
 
     def loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, torch.Tensor]:
-        return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference, beta)
+        return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference_logps, beta)
     found = dpo.val_step(GPT2.from_pretrained(a_run.out / "best"), [batch], loss_function)
     assert set(found) == DPO_NAMES
     for name, value in found.items():
