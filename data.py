@@ -449,8 +449,8 @@ def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: in
     An epoch holds each pair once; its last update may have fewer pairs. The order is shuffled anew
     for each epoch, and follows from (seed, epoch) alone: so a resumed run sees the same batches.
     An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs:
-    where pairs are of like length, attention's rows have little padding. reference_table, sides,
-    grid_count: see pack.
+    so where these are several, the pairs of each are of like length, and attention's rows have less
+    padding. reference_table, sides, grid_count: see pack.
     """
     updates_per_epoch = math.ceil(len(pairs) / batch_pairs)
     for update in itertools.count(start):

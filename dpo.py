@@ -41,8 +41,12 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     response. `policy` is the model that trains, `reference` a frozen copy of it from before the
     first update. beta is the price of leaving the reference: the weight of the KL term in the
     paper's objective, mean reward - beta * KL(pi || pi_ref). The larger beta is, the closer the
-    policy stays. The policy pi that makes this objective highest follows from the reward; solved
-    for the reward, that is
+    policy stays: a small log-ratio is then a large reward already. The policy that makes this
+    objective highest is
+
+        pi = pi_ref * exp(reward / beta) / Z(prompt)
+
+    where Z makes the probabilities add up to 1. Solved for the reward:
 
         reward = beta * log(pi / pi_ref) + beta * log Z(prompt)
 
@@ -88,11 +92,11 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     tokens (R, T) int64: in each row a prompt, then a response, then padding.
     mask (R, T) bool: True on the tokens of the response.
 
-    A token is predicted at the place before it: the first token of a response at the prompt's last
-    token. The padding stands on the right and needs no attention mask: attention is causal, so no
-    real token sees it. What is predicted of the prompt and of the padding is dropped, by `mask`.
+    A token is predicted at the position before it: the first token of a response at the prompt's
+    last token. The padding stands on the right and needs no attention mask: attention is causal, so
+    no real token sees it. What is predicted of the prompt and of the padding is dropped, by `mask`.
     """
-    logits = model(tokens[:, :-1])                     # (R, T-1, V): place t predicts token t+1
+    logits = model(tokens[:, :-1])                     # (R, T-1, V): position t predicts token t+1
     logits = at_least_float32(logits)                  # a sum over tokens needs the precision
     targets = tokens[:, 1:]                            # (R, T-1): the tokens that came
     is_response = mask[:, 1:]                          # (R, T-1): which of them count
@@ -381,13 +385,14 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
 # In a packed batch the tokens stand in one line: each prompt once, then its two responses. With p
 # for a token of the prompt, c of the chosen response and r of the rejected one, a model reads
 #
-#     padded rows    p p p c c c           one line    p p p c c c r r
-#                    p p p r r .
+#     padded rows    p p p c c c c           one line    p p p c c c r
+#                    p p p r r . .
 #
-# Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and
-# computes none of these three things. Only attention needs rows. It gathers them from the line,
-# prompts twice and with some padding, and takes the results back to the line. train.py trains with
-# packed batches.
+# (The last token of a response is predicted, but nothing is predicted from it. The line leaves it
+# out.) Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and
+# computes none of these three things. Only attention needs rows, and so that r doesn't see c, it
+# gets them: it gathers them from the line, prompts twice and with some padding, and takes the
+# results back to the line. train.py trains with packed batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
 # two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit e764479):

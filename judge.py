@@ -6,8 +6,9 @@
 
 "out" is the folder that a run of train.py wrote.
 
-DPO itself is in dpo.py and train.py: read them first. This file measures what came of it. Of dpo.py
-it needs the interval of a rate, and the log-probability of an answer. Read from top to bottom:
+DPO itself is in dpo.py and train.py: read them first. This file measures what came of it. It uses
+sequence_logps and wilson_interval of dpo.py, the pairs of data.py, and GPT-2 of model.py. Read from
+top to bottom:
 
 1. answers           the untuned model, the SFT model and the tuned model answer the same prompts
 2. ask               --ask shows the answers
@@ -64,7 +65,7 @@ class Sampling(NamedTuple):
     temperature: float
     top_p: float
     max_tokens: int            # of an answer
-    seed: int
+    seed: int                  # of the first block of prompts: see kept_answers
 
 
 def models_of(folder: Path, options: dict, names: Sequence[str] = tuple(NAMES)) -> dict[str, Path]:
@@ -104,8 +105,7 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     """
     def asks_again(ids: list[int]) -> bool:
         """Did the newest token complete "\\n\\nHuman:"?"""
-        # It has 8 characters, and each of its tokens has at least one. So it began at most 8 tokens
-        # ago.
+        # It has 8 characters, so at most 8 tokens, and the newest 8 are enough to look at.
         return data.HUMAN in encoding.decode(ids[-8:])
 
     # Prompt and answer must fit into the context together. An answer gets at most half of it.
@@ -139,8 +139,8 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
     """
     if options["pairs"]:
         # A file of own pairs has no test file beside it: test=[]. So train.py held a part out, by
-        # the hash of the prompt. This is the same part. (_: how many rows were dropped.)
-        own_pairs, _ = data.read_pairs(options["pairs"])
+        # the hash of the prompt. This is the same part.
+        own_pairs, _ = data.read_pairs(options["pairs"])          # _: how many rows were dropped
         splits, _ = data.split(own_pairs, test=[], val_share=options["val_share"],
                                test_share=options["test_share"])
         pairs = splits["test"]
@@ -201,10 +201,10 @@ def all_texts(folder: Path, options: dict, args: argparse.Namespace,
     """Test prompts, the data's two answers to each, and the answers of the models in `names`.
 
     Returns the texts of all; and the models' answers by name, with their tokens, which kl_to_sft
-    needs. Each prompt is a single question. Its text is without "\\n\\nHuman:" and
-    "\\n\\nAssistant:".
+    needs. data.read_pairs keeps only dialogues with a single question. So the text of a prompt is
+    this question, without "\\n\\nHuman:" and "\\n\\nAssistant:".
     """
-    encoding = data.encoding_of(demo=False)            # of a demo's run nothing is ever compared
+    encoding = data.encoding_of(demo=False)            # `run` refuses to compare a demo's answers
     pairs = drawn_pairs(options, args.prompts, args.seed)
     questions = []
     for pair in pairs:
@@ -273,7 +273,7 @@ def ask_for_line(prompt: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text, with "?" for what can't be printed, as it might steer the terminal."""
+    """The text, with "?" for what can't be printed, such as codes that move the cursor."""
     safe_text = ""
     for character in text:
         if character.isprintable() or character == "\n":
@@ -332,8 +332,7 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     None if the person stops. No name is shown. One order is enough here, as it is random: a liking
     for a position cancels out over many prompts. The same seed and prompt give the same order.
     """
-    # Of bytes, Random takes all. (hash() of a string would differ from one process to the next.) A
-    # lone surrogate, half a character in hh-rlhf's JSON, has no bytes: it becomes "?".
+    # "replace": half a character, as JSON may hold one, can't be encoded, and becomes "?".
     generator = random.Random(f"{seed} {prompt}".encode("utf-8", "replace"))
     answer_is_a = generator.random() < 0.5
     if answer_is_a:
@@ -343,7 +342,7 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     print(f"\n{'-' * 70}\n{printable(prompt.strip())}")
     print(f"\n[a] {printable(a)}\n\n[b] {printable(b)}\n")
     while True:
-        try:                       # (the end of the input stops, too: it is no tie)
+        try:                       # not ask_for_line, whose "" at the end would be a tie
             key = input("Which is better? a, b, enter for a tie, q to stop: ").strip().lower()
         except EOFError:
             return None
@@ -352,8 +351,8 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
         if key == "":
             return 0.5
         if key in ("a", "b"):
-            answer_is_better = (key == "a") == answer_is_a
-            return 1.0 if answer_is_better else 0.0
+            chosen = a if key == "a" else b
+            return 1.0 if chosen == answer else 0.0    # the two are different
 
 
 # 4. Win rate ------------------------------------------------------------------------------------
@@ -462,7 +461,7 @@ Reply B:
 
 Which reply is better? Answer with JSON, {form}."""
 
-# str.format replaces braces in QUESTION alone, not in what it puts in: so these keep theirs.
+# The braces below stay: str.format replaces those of QUESTION, not those of what it puts in.
 FORM = '{"better": "A"} or {"better": "B"}'
 FORM_WITH_REASON = '{"reason": "one short sentence", "better": "A"}, or the same with "B"'
 LETTER_SCHEMA = {"type": "string", "enum": ["A", "B"]}
@@ -537,9 +536,9 @@ class Judge:
         if line["letter"] is None:
             raise OSError(
                 f"{self.url}: the judge answered {line['text'][:200]!r}, expected JSON like "
-                f"{FORM}. If it isn't cut off, the server ignores response_format. Known to have "
-                f"it: Ollama from 0.5 on, llama.cpp's server since March 2025, vLLM after 0.6.3, "
-                f"llama-cpp-python 0.3")
+                f"{FORM}. Either it was cut off, or the server ignores response_format. Known to "
+                f"have it: Ollama from 0.5 on, llama.cpp's server since March 2025, vLLM after "
+                f"0.6.3, llama-cpp-python 0.3")
 
     def question_of(self, prompt: str, a: str, b: str) -> str:
         """The question as the judge reads it."""
@@ -595,10 +594,10 @@ class Judge:
 
     def read(self, response: requests.Response, question: str) -> dict:
         """What is kept of an answer. OSError if it is no chat completion."""
-        try:                                           # "or": a field may be missing, or null
+        try:
             body = response.json()
             choice = body["choices"][0]
-            text = choice["message"]["content"] or ""
+            text = choice["message"]["content"] or ""  # a field may be null, here and below
             letter = read_letter(text)
             usage = body.get("usage") or {}
             prompt_tokens = int(usage.get("prompt_tokens") or 0)       # 0: the server didn't tell
@@ -670,7 +669,7 @@ MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")    # of Llam
 
 def without_marks(text: str) -> str:
     """The text without the marks of Llama 2's chat template: a reply that holds them could pretend
-    that the question is over. Each becomes a space, so that what is left doesn't close up to one.
+    that the question is over. Each becomes a space: without it, "[IN<s>ST]" would become "[INST]".
 
     A lone surrogate becomes "?", as some servers refuse it.
     """
@@ -768,8 +767,8 @@ def describe(answers: list[str]) -> dict[str, float]:
 def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
     """log p(answer | prompt) in nats: the sum over all sampled tokens, the ending included.
 
-    By the function that training uses for the data's answers. The logits at place t - 1 predict
-    token t, so it is, for the one row of the batch,
+    It uses the function that DPO uses for the data's answers. The logits at place t - 1 predict
+    token t, so this is, for the one row of the batch,
 
         sum over all t where mask[t] is True:  log_softmax(logits[t - 1])[tokens[t]]
     """
@@ -782,12 +781,15 @@ def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
 def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text: "3.21 +- 0.40".
 
-    It tells how far DPO took the model from its reference. (RLHF's objective, from which DPO's loss
-    is derived, is the mean reward of a policy's answers - beta * this KL.) It is estimated by the
-    mean of log_ratio = log p_tuned(answer) - log p_sft(answer) over answers of the tuned model.
-    These must be sampled from p_tuned itself: at temperature 1 and top_p 1. The KL grows with the
-    length to which answers are cut: it is a sum over tokens, of KLs of 0 or more. A single answer
-    gives no interval.
+    It tells how far DPO took the model from its reference: it is the KL in the objective from which
+    DPO's loss is derived, mean reward - beta * KL. It is estimated by the mean of
+
+        log_ratio = log p_tuned(answer) - log p_sft(answer)
+
+    over answers of the tuned model. These must be sampled from p_tuned itself: at temperature 1 and
+    top_p 1. A single answer gives no interval. Compare KLs only at the same limit to the length of
+    answers. By the chain rule the KL is a sum over tokens, and no term is below 0 (though single
+    log_ratios may be), so longer answers have more of it.
     """
     logps = {}
     for name in ("tuned", "sft"):
@@ -910,7 +912,8 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
     blocks = [f"{args.judge} at temperature 0 compares answers to {len(texts['prompt'])} test "
               f"prompts of {folder}. A rate is how often the first is better; a draw counts half. "
               f"Its interval covers the choice of prompts and the luck of sampling, but no fault "
-              f"of the judge.",
+              f"of the judge. The models' answers end after {args.max_new_tokens} tokens at the "
+              f"latest; the data's are whole.",
               table(RATE_HEADER, rows)]
     for doubt in doubts(rates["chosen", "rejected"], list(rates.values())):
         blocks.append(f"DON'T TRUST these rates: {doubt}.")

@@ -449,7 +449,7 @@ def replace_by_strongest(model: GPT2, width: int) -> None:
     length = min(128, config.n_positions)
     start = [[config.vocab_size - 1]] * 64             # 64 prompts, each the end-of-text token
     text = generate(model, start, length - 1, end_token=-1)      # -1: no token ends a text
-    tokens = torch.tensor(text, device=model.wte.weight.device)    # (64, length - 1), without start
+    tokens = torch.tensor(text, device=model.wte.weight.device)    # (64, length - 1)
 
     # Go through the model layer by layer, to see what each MLP reads. The old MLPs stay in use for
     # this: the neurons that are strong there are those that the pretrained model relies on.

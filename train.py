@@ -113,7 +113,7 @@ class Config:
     patience: int = option(4, "training ends early after so many validations in a row without a "
                               "loss below the lowest so far")
     log_every: int = option(10, "updates between two lines of the log")
-    save_every: int = option(100, "updates between two saves; there is one before each validation")
+    save_every: int = option(100, "updates between two saves; there is one after each validation")
 
     def __post_init__(self) -> None:
         if self.lr == 0:                               # self.lr = ... is forbidden, as it is frozen
@@ -170,7 +170,11 @@ class Run(NamedTuple):
 
 
 def train(config: Config) -> int:
-    """The whole job. Returns the exit code: 0, or 1 for a demo that misses its goal."""
+    """The whole job. Returns the exit code: 0, or 1 for a demo that misses its goal.
+
+    Adapters come in at one of two moments. One that replaces an MLP comes before SFT, which has to
+    make up for the MLP that is gone. A parallel one comes after SFT: only DPO trains it.
+    """
     # Load and split.
     torch.manual_seed(config.seed)
     machine = choose_machine(config)
@@ -202,8 +206,7 @@ def train(config: Config) -> int:
         return metrics
 
     # SFT: all weights learn to write like the chosen answers. With 0 epochs the model is only
-    # validated, and saved. A replacing adapter has to be here already, as SFT must make up for the
-    # MLP that is gone. A parallel one comes after SFT: only DPO trains it.
+    # validated, and saved.
     if config.adapter == "replace":
         add_adapters(model, "replace", config.adapter_width, config.adapter_init)
     sft_splits = splits
@@ -286,6 +289,7 @@ MAX_SKIPPED = 20               # so many skipped updates in a row end a run
 class State:
     """Where a loop is. save_last has what else a resumed run needs."""
     step: int = 0              # updates so far, skipped ones too
+    validated: int = -1        # the step of the last validation: -1 before the first one
     best_loss: float = math.inf
     best_step: int = 0
     worse_in_a_row: int = 0    # validations since the best one
@@ -303,7 +307,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
 
     stage: "sft" or "dpo". The best weights go to the folder sft or best. Training ends after
     `epochs` epochs, or when config.patience validations in a row have brought no lower loss.
-    If run.saved is of this stage, the loop goes on from there, as if it had not been stopped.
+    If run.saved is of this stage, the loop goes on from there, as if it had not been stopped: on a
+    CPU bit for bit.
 
     reference_tables: of each split, what dpo.reference_logps returned. Raises FloatingPointError
     when MAX_SKIPPED updates in a row had no finite loss and gradient.
@@ -337,17 +342,14 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     while True:
         # Validation: before the first update, every val_every updates, and after the last. With 12
         # updates and val_every 4, V for a validation and u for an update: V uuuu V uuuu V uuuu V.
+        # The first one counts, too: so the best weights may be those that the stage began with.
         #
-        # The state is saved before a validation, not after, and a run that goes on from there makes
-        # this validation (again). So it counts once, wherever the kill came:
-        #
-        #     before this save is whole      the save before it is still there: the updates since
-        #                                    then are made again
-        #     in the validation, or later    the saved state doesn't count it yet; best weights that
-        #                                    it wrote are written once more, the same ones
+        # A save holds all that came before it. A run that was killed goes on from its last save,
+        # and makes what came after it again. Where that save came after a validation, the run has
+        # validated this step already.
         step = state.step
-        if step % val_every == 0 or step == total_steps:
-            save_last(run, stage, model, optimizer, scaler, reference_tables, state)
+        due = step % val_every == 0 or step == total_steps
+        if due and state.validated != step:
             passes = eval_batches(splits["val"], config, machine, reference_tables.get("val"),
                                   sides)
             metrics = dpo.val_step(model, passes, loss_function)
@@ -358,8 +360,10 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
                 save_pretrained(model, best_folder)
             else:
                 state.worse_in_a_row += 1
+            state.validated = step
             metrics |= {"best": state.best_loss, "best_step": state.best_step}
             log(run, "val", stage, step, total_steps, metrics)
+            save_last(run, stage, model, optimizer, scaler, reference_tables, state)
         if step == total_steps or state.worse_in_a_row == config.patience:
             break
 

@@ -295,7 +295,7 @@ def test_training_ends_when_patience_does(tmp_path, given, saves, capsys):
     assert "3 validations in a row brought no lower loss" in capsys.readouterr().out
 
     (at_6,) = [save.folder for save in saves if save.step == 6]
-    given(LOSSES[6:])
+    given(LOSSES[7:])                                  # that of step 6 was made before the save
     again = fit(at_6, resume=True, **options)
     assert again.state == whole.state
 
@@ -378,13 +378,13 @@ def assert_same_end(folder: Path, other: Path) -> None:
 
 
 def test_a_killed_run_goes_on_from_any_save(tmp_path, saves):
-    """From each step: in the middle of a window, just before a validation, and between two.
+    """From each step: in the middle of a window, just before and after a validation, and between.
 
     A kill may come at any time before the next save. So what the process wrote after the save is
     there: more lines, of which none may come twice, half a line, and later best weights.
     """
     fit(tmp_path / "run", (4, 9), save_every=1)
-    expected_steps = sorted([*range(1, 13), 0, 4, 8, 12])  # before a validation there is one more
+    expected_steps = sorted([*range(1, 13), 0, 4, 8, 12])  # after a validation there is one more
     assert [save.step for save in saves] == expected_steps
 
     for save in list(saves):
@@ -395,30 +395,48 @@ def test_a_killed_run_goes_on_from_any_save(tmp_path, saves):
         assert_same_end(save.folder, tmp_path / "run")
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_run_that_dies_at_a_validation_goes_on_before_it(tmp_path, monkeypatch, moment):
-    """The second validation, at step 4, just before it and just after its line was written."""
+@pytest.mark.parametrize(("moment", "saved_step"), [
+    ("in the validation", 0), ("before its best weights", 0), ("before its save", 0),
+    ("after its save", 4)])
+def test_a_run_that_dies_at_a_validation_goes_on_from_its_last_save(
+        tmp_path, monkeypatch, given, moment, saved_step):
+    """The second validation, at step 4, which is the best one. The save before it is of step 0."""
+    losses = [5.0, 1.0, 2.0, 3.0]                      # at the steps 0, 4, 8 and 12
+    given(losses)
     fit(tmp_path / "whole")
+    given(losses)
     real_val_step = dpo.val_step
-    real_log = train.log
+    real_save_pretrained = train.save_pretrained
+    real_save_last = train.save_last
     vals = []
 
     def val_step(*arguments):
         vals.append(1)
-        if moment == "before" and len(vals) == 2:
+        if moment == "in the validation" and len(vals) == 2:
             raise KeyboardInterrupt
         return real_val_step(*arguments)
 
-    def log(run, event, stage, step, total_steps, metrics):
-        real_log(run, event, stage, step, total_steps, metrics)
-        if moment == "after" and (event, step) == ("val", 4):
+    def save_pretrained(*arguments):
+        if moment == "before its best weights" and len(vals) == 2:
+            raise KeyboardInterrupt
+        real_save_pretrained(*arguments)
+
+    def save_last(*arguments):
+        if moment == "before its save" and len(vals) == 2:
+            raise KeyboardInterrupt
+        real_save_last(*arguments)
+        if moment == "after its save" and len(vals) == 2:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(dpo, "val_step", val_step)
-        patch.setattr(train, "log", log)
+        patch.setattr(train, "save_pretrained", save_pretrained)
+        patch.setattr(train, "save_last", save_last)
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "run")
-    assert torch.load(tmp_path / "run" / "last.pt")["state"]["step"] == 4
+    state = torch.load(tmp_path / "run" / "last.pt")["state"]
+    assert (state["step"], state["validated"]) == (saved_step, saved_step)
+
+    given(losses[1:] if saved_step == 0 else losses[2:])       # none is made twice, none left out
     fit(tmp_path / "run", resume=True)
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 

@@ -175,11 +175,11 @@ def test_the_defaults_are_those_of_the_program():
          f"as many as come nearest to 250 updates, at least {fewest}, at most {most}: "
          f"{train.epochs_for(1000, 32)} for 1,000 training pairs, {fewest} for all of hh-rlhf"],
         ["`--adapter`, what DPO trains",
-         f"`{adapters.adapter}`: the adapters (merged, they make MLPs wider than GPT-2's, which "
-         f"llama.cpp can't load); `none`: all weights"],
+         f"`{adapters.adapter}`: the adapters (llama.cpp can't load the result: its MLPs are wider "
+         f"than GPT-2's); `none`: all weights"],
         ["`--warmup_share`, the share of the updates during which the rate grows",
          str(adapters.warmup_share)],
-        ["`--vals`, validations, evenly spaced, after the one before the first update",
+        ["`--vals`, validations during a stage, evenly spaced, beside one before its first update",
          f"{adapters.vals} at most"],
         ["`--patience`, validations in a row without a new lowest loss, after which training ends",
          str(adapters.patience)],
@@ -195,9 +195,13 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
     odds = before / (100 - before) * math.exp(data.DEMO_REWARD)
     optimum = odds / (1 + odds)
     odds = before / (100 - before)
-    text = (f"step 2 multiplies them by e^4, from about {before} / {100 - before:.1f} = {odds:.2f} "
-            f"to {odds * math.exp(4):.1f}, which is {optimum:.1%}.")
+    text = (f"step 2 multiplies the odds by e^4, from about {before} / {100 - before:.1f} = "
+            f"{odds:.2f} to {odds * math.exp(4):.1f}, which is {optimum:.1%}.")
     assert text in " ".join(README.split())
+    after, count = re.search(r"after  DPO +(\S+)% of (\d+)", README).groups()
+    assert f"The demo's {after}% of {count} answers is that, but for luck." in README
+    low, high = dpo.wilson_interval(float(after) / 100, int(count))
+    assert low < optimum < high
 
 
 def test_the_lines_of_log_probabilities_are_sequence_logps():
