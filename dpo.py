@@ -6,7 +6,7 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 2. what goes into it   log-probabilities of responses, by the policy and by the reference
 3. what one watches    rewards, margins, accuracy, and an interval for it
 4. training            the learning rate, one update, one validation, the check before the start;
-                       at its end, all of it together, for a model of `transformers`
+                       train_epoch puts all of it together, for a model of your own
 5. faster              the same log-probabilities without the arithmetic that padding wastes
 6. variants            other losses that have been proposed since
 
@@ -338,39 +338,50 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
             f"for an adapter that is not the identity at first")
 
 
-# All of it together. `model` is one of `transformers`, on the CPU. `batches` is a list of batches
-# of 8 pairs, as data.pad makes them: tokens (16, T), mask (16, T) and indices (8,). The 8 rows with
-# the chosen responses come first. (tests/test_dpo.py runs these lines.)
-#
-#     import torch
-#     from dpo import (check_start, cosine_lr, dpo_loss, reference_logps, sequence_logps,
-#                      train_step)
-#
-#     def logps_of(model, batch):
-#         return sequence_logps(lambda tokens: model(tokens).logits, batch.tokens, batch.mask)
-#
-#     # Without dropout, which would be noise in the rewards. No function here calls model.train().
-#     model.eval()
-#     pair_count = 8 * len(batches)
-#     reference_table = reference_logps(logps_of, model, batches, pair_count)   # (2, pair_count)
-#
-#     def loss_function(model, batch):
-#         policy_chosen, policy_rejected = logps_of(model, batch).chunk(2)              # (8,) each
-#         reference_chosen, reference_rejected = reference_table[:, batch.indices]      # (8,) each
-#         loss, chosen_reward, rejected_reward = dpo_loss(
-#             policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1)
-#         return {"loss": loss, "margin": chosen_reward - rejected_reward}
-#
-#     # The model is still the reference. If they differ, dropout is on, or pairs are mixed up.
-#     first = batches[0]
-#     check_start(logps_of(model, first), reference_table[:, first.indices].flatten())
-#     peak = 1e-5
-#     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
-#     for step, batch in enumerate(batches):
-#         # In the warm-up (step + 1) / 10 of the peak, then a cosine down to a tenth of it.
-#         lr = cosine_lr(step, peak, warmup_steps=10, total_steps=len(batches))
-#         optimizer.param_groups[0]["lr"] = lr
-#         metrics = train_step(model, [batch], optimizer, loss_function)   # one micro-batch
+def train_epoch(model: nn.Module, logits_of: Callable[[Tensor], Tensor], batches: list,
+                beta: float = 0.1, peak: float = 1e-5) -> list[dict[str, float]]:
+    """All of it together: DPO of a model of your own, with one update for each of the batches.
+
+    For a model of `transformers`:
+
+        train_epoch(model, lambda tokens: model(tokens).logits, batches)
+
+    logits_of: the model as a function from tokens (R, T) to logits (R, T, V).
+    batches: as data.pad makes them, on the model's device. Each has tokens and mask (2B, T), first
+    the B rows of the chosen responses, then those of the rejected ones; and indices (B,), which
+    number the pairs of all batches from 0.
+    peak: the highest learning rate.
+
+    Returns what train_step returned for each update. The model stays in eval mode. train.py does
+    more: validation, early stopping, saves, and packed batches, which are faster.
+    """
+    model.eval()                       # without dropout, which would be noise in the rewards
+
+    def logps_of(model: nn.Module, batch: object) -> Tensor:
+        return sequence_logps(logits_of, batch.tokens, batch.mask)             # (2B,)
+
+    pair_count = sum(len(batch.indices) for batch in batches)
+    reference_table = reference_logps(logps_of, model, batches, pair_count)    # (2, pair_count)
+    reference_table = reference_table.to(batches[0].tokens.device)
+
+    def reference_of(batch: object) -> Tensor:
+        return reference_table[:, batch.indices].flatten()       # (2B,): the chosen ones first
+
+    def loss_function(model: nn.Module, batch: object) -> dict[str, Tensor]:
+        return dpo_metrics(logps_of(model, batch), reference_of(batch), beta)
+
+    with torch.no_grad():
+        check_start(logps_of(model, batches[0]), reference_of(batches[0]))
+
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)        # its lr is set below
+    history = []
+    for step, batch in enumerate(batches):
+        lr = cosine_lr(step, peak, warmup_steps=len(batches) // 10, total_steps=len(batches))
+        optimizer.param_groups[0]["lr"] = lr
+        metrics = train_step(model, [batch], optimizer, loss_function)         # one micro-batch
+        history.append(metrics)
+    return history
+
 
 # 5. The same numbers, faster --------------------------------------------------------------------
 #

@@ -11,7 +11,6 @@ import inspect
 import math
 import random
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -273,11 +272,11 @@ def test_reference_logps_are_a_table_by_pair_number(model):
     torch.testing.assert_close(table[1, [0, 3, 4, 2]], rejected, rtol=1e-6, atol=0)
 
 
-# The example in the docstring of dpo.py, with a model of `transformers`. All prompts are random;
-# each chosen response is the words 18 and 7, each rejected one 19 and 7, so there is much to learn.
+# train_epoch, with a model of `transformers`. All prompts are random; each chosen response is the
+# words 18 and 7, each rejected one 19 and 7, so there is much to learn.
 
 
-def example_batch(number: int) -> SimpleNamespace:
+def plain_batch(number: int) -> SimpleNamespace:
     """8 pairs, padded to 9 tokens: prompts of 4 tokens, responses of 2."""
     prompts = torch.randint(0, 18, (8, 4))
     tokens = torch.zeros(16, 9, dtype=torch.int64)
@@ -290,33 +289,53 @@ def example_batch(number: int) -> SimpleNamespace:
     return SimpleNamespace(tokens=tokens, mask=mask, indices=torch.arange(8) + 8 * number)
 
 
-def test_the_example_in_the_comment_trains_a_model_of_transformers():
-    lines = Path(dpo.__file__).read_text().splitlines()
-    first = lines.index("#     import torch")
-    last = lines.index("", first)                      # the first line that is no comment
-    code = [line[6:] for line in lines[first:last]]
-    code.append("    losses.append(metrics['loss'])")   # still inside the example's loop
+def small_model_of_transformers() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = TransformersConfig(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=20,
                                 bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
-    assert model.training and config.resid_pdrop > 0    # so the example must turn dropout off
-    start = copy.deepcopy(model).eval()
-    batches = [example_batch(number) for number in range(20)]
-    names = {"torch": torch, "model": model, "batches": batches, "losses": []}
-    exec("\n".join(code), names)
+    assert model.training and config.resid_pdrop > 0    # so train_epoch must turn dropout off
+    return model
 
-    losses = names["losses"]
+
+def test_train_epoch_trains_a_model_of_transformers():
+    model = small_model_of_transformers()
+    batches = [plain_batch(number) for number in range(20)]
+    history = dpo.train_epoch(model, lambda tokens: model(tokens).logits, batches)
+    losses = [metrics["loss"] for metrics in history]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] < losses[0] - 1e-5                # the rate is only 1e-5
     assert len(losses) == 20
 
-    reference_table = names["reference_table"]
-    assert reference_table.shape == (2, 160)
-    rows = batches[2].tokens.numpy()
-    for side, row in ((0, rows[5]), (1, rows[8 + 5])):  # pair 5 of batch 2 is number 21
-        expected = one_token_at_a_time(lambda tokens: start(tokens).logits, row[:4], row[4:6])
-        assert reference_table[side, 21].item() == pytest.approx(expected.item(), rel=1e-5)
+
+def test_train_epoch_is_its_lines_by_hand():
+    """Three batches, one of them short, with AdamW's own loop: equal weights at the end."""
+    model = small_model_of_transformers()
+    by_hand = copy.deepcopy(model).eval()
+    reference = copy.deepcopy(by_hand)
+    batches = [plain_batch(number) for number in range(3)]
+    rows = [*range(5), *range(8, 13)]                   # the last batch has 5 pairs
+    batches[2] = SimpleNamespace(tokens=batches[2].tokens[rows], mask=batches[2].mask[rows],
+                                 indices=batches[2].indices[:5])
+    history = dpo.train_epoch(model, lambda tokens: model(tokens).logits, batches, beta=0.3,
+                              peak=1e-2)
+
+    optimizer = torch.optim.AdamW(by_hand.parameters(), weight_decay=0.0)
+    rates = [1e-2, 5.5e-3, 1e-3]                        # no warm-up; half a cosine to a tenth
+    for batch, rate, metrics in zip(batches, rates, history, strict=True):
+        logps = dpo.sequence_logps(lambda tokens: by_hand(tokens).logits, batch.tokens, batch.mask)
+        with torch.no_grad():
+            before = dpo.sequence_logps(lambda tokens: reference(tokens).logits, batch.tokens,
+                                        batch.mask)
+        loss = dpo.dpo_loss(*logps.chunk(2), *before.chunk(2), 0.3)[0].mean()
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    for weight, expected in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
 
 
 # The same numbers, faster -----------------------------------------------------------------------

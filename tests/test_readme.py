@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import math
 import re
 import shlex
@@ -9,7 +10,6 @@ import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import bugs
 import pytest
@@ -20,6 +20,7 @@ import data
 import dpo
 import results
 import train
+from model import GPT2, GPT2Config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -215,59 +216,58 @@ def test_the_lines_of_log_probabilities_are_sequence_logps():
     torch.testing.assert_close(names["logps"], expected)
 
 
-def test_one_update_in_short_is_that_of_train_step():
-    block = README[README.index('    loss = loss_function(model, batch)["loss"].mean()'):]
-    lines = [line.split("  #")[0].strip() for line in block.split("\n\n")[0].splitlines()]
-    assert len(lines) == 5
-    assert textwrap.indent("\n".join(lines), 8 * " ") in dpo.train_step.__doc__
-
-
-def example(text: str) -> str:
-    """The code that begins with an import of torch, and ends where its indentation does."""
-    start = text.index("    import torch\n")
+def block_from(line: str) -> str:
+    """The indented block of the README that begins with this line, blank lines inside it too."""
     lines = []
-    for line in text[start:].splitlines():
-        if line and not line.startswith("    "):
+    for text in README[README.index(f"\n    {line}") + 1:].splitlines():
+        if text and not text.startswith("    "):
             break
-        lines.append(line)
+        lines.append(text)
     return textwrap.dedent("\n".join(lines)).strip()
 
 
-def test_the_example_is_that_of_dpo():
-    """There it is a comment, at the end of section 4."""
-    source = Path(dpo.__file__).read_text()
-    comments = [line.removeprefix("# ").removeprefix("#") for line in source.splitlines()]
-    assert example(README) == example("\n".join(comments[comments.index("    import torch"):]))
-
-
-def test_the_example_trains_a_transformers_model_from_its_own_log_probabilities():
-    """Run as it stands, on two batches. The reference is compared with one row at a time."""
+def test_the_lines_of_one_update_are_train_step():
+    """One batch of three pairs: equal weights after them and after train_step."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=30, n_positions=16)
-    model = transformers.GPT2LMHeadModel(config)
-    batches = []
-    for number in range(2):
-        mask = torch.zeros(16, 9, dtype=torch.bool)
-        for row in range(16):
-            mask[row, 1 + row % 4:4 + row % 6] = True  # responses of 1 to 7 tokens
-        batches.append(SimpleNamespace(tokens=torch.randint(30, (16, 9)), mask=mask,
-                                       indices=torch.arange(8 * number, 8 * number + 8)))
-    before = copy.deepcopy(model).eval()
-    names = {"torch": torch, "model": model, "batches": batches}
-    exec(example(README), names)
+    model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=30))
+    other = copy.deepcopy(model)
+    pairs = [data.TokenPair([1, 2], [3, 4, 9], [5, 9]), data.TokenPair([6], [7], [8, 9]),
+             data.TokenPair([2, 2, 2], [1, 9], [3, 3, 3, 9])]
+    batch = data.pad(pairs, [4, 0, 2])
+    table = -10 * torch.rand(2, 5)
 
-    for batch in batches:
-        expected = []
-        for row, is_response in zip(batch.tokens, batch.mask, strict=True):
-            logp = before(row[None]).logits[0].log_softmax(-1)
-            places = is_response.nonzero()[:, 0].tolist()
-            expected.append(sum(logp[t - 1, row[t]] for t in places))
-        reference = names["reference_table"][:, batch.indices].flatten()
-        torch.testing.assert_close(reference, torch.stack(expected), rtol=1e-5, atol=1e-5)
-    # The last update began as good as at the reference, as the rate was 2e-7 at most.
-    assert names["metrics"]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert names["metrics"]["grad_norm"] > 0 and names["metrics"]["skipped"] == 0
-    assert not torch.equal(before.transformer.wte.weight, model.transformer.wte.weight)
+    def loss_function(model, batch):
+        logps = dpo.sequence_logps(model, batch.tokens, batch.mask)
+        return dpo.dpo_metrics(logps, table[:, batch.indices].flatten(), beta=0.7)
+    dpo.train_step(other, [batch], torch.optim.AdamW(other.parameters(), lr=0.1), loss_function)
+
+    exec(block_from("policy_chosen, policy_rejected = sequence_logps("), {
+        "model": model, "batch": batch, "reference_table": table, "beta": 0.7, "max_norm": 1.0,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1), "nn": torch.nn,
+        "sequence_logps": dpo.sequence_logps, "dpo_loss": dpo.dpo_loss})
+    for weight, expected in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected)
+        assert weight.grad is None
+
+
+def test_the_example_trains_a_model_of_transformers(tmp_path, monkeypatch, capsys):
+    """Run as it stands, in a folder with a file of pairs, and a small GPT-2 in the folder gpt2."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained("gpt2")
+    with open("mine.jsonl", "w") as file:
+        for number in range(11):
+            row = {"prompt": f"Add {number} and 1.", "chosen": f"{number + 1}!", "rejected": "No."}
+            file.write(json.dumps(row) + "\n")
+    capsys.readouterr()
+    names = {}
+    exec(block_from("import data"), names)
+    assert [len(batch.indices) for batch in names["batches"]] == [8, 3]
+    assert names["history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert float(last) == names["history"][1]["rewards/accuracies"]
+    assert not any(metrics["skipped"] for metrics in names["history"])
 
 
 @pytest.mark.parametrize("name", FILES)
