@@ -480,9 +480,24 @@ def polite_table(lines: list[dict]) -> str:
     return judge.table(header, rows)
 
 
+def grid_table(lines: list[dict]) -> str:
+    """The grid: validation losses of DPO by what trained, rate and epochs."""
+    rows = []
+    for line in lines:
+        low, high = dpo.wilson_interval(float(line["last_accuracy"]), int(line["pairs"]))
+        rows.append([line["adapter"], f"{float(line['lr']):.0e}", line["epochs"], line["updates"],
+                     f"{float(line['start_loss']):.4f}", f"{float(line['best_loss']):.4f}",
+                     line["best_step"], f"{float(line['last_loss']):.4f}",
+                     f"{float(line['last_accuracy']):.3f} ({low:.3f} to {high:.3f})"])
+    header = ["`--adapter`", "`--lr`", "`--epochs`", "updates", "loss at first", "lowest loss",
+              "at update", "loss at the end", "accuracy at the end"]
+    return judge.table(header, rows)
+
+
 def newest(lines: list[dict], is_polite: bool) -> tuple[str, list[dict]]:
-    """The lines of the newest commit, of the polite pairs or of folds; before them their source."""
-    lines = [line for line in lines if (line["fold"] == "polite") == is_polite]
+    """The lines of the newest commit, of the polite pairs or of others; before them their source.
+    """
+    lines = [line for line in lines if (line.get("fold") == "polite") == is_polite]
     commit = lines[-1]["commit"]
     lines = [line for line in lines if line["commit"] == commit]
     machines = sorted({f"{line['machine']}, {line['dtype']}" for line in lines if line["dtype"]})
@@ -490,12 +505,16 @@ def newest(lines: list[dict], is_polite: bool) -> tuple[str, list[dict]]:
 
 
 def tables() -> str:
-    """The tables of results/README.md, from runs.csv."""
+    """The tables of results/README.md, from runs.csv and grid.csv."""
     lines = read_csv(CSV)
     source, polite_lines = newest(lines, is_polite=True)
     parts = [source, polite_table(polite_lines)]
     source, fold_lines = newest(lines, is_polite=False)
     parts += [source, main_table(fold_lines), fold_table(fold_lines)]
+    grid_lines = read_csv(GRID_CSV)
+    if grid_lines:
+        source, grid_lines = newest(grid_lines, is_polite=False)
+        parts += [source, grid_table(grid_lines)]
     return "\n\n".join(parts)
 
 
