@@ -55,7 +55,7 @@ NAMES = {
 class Answer(NamedTuple):
     """A model's answer to a prompt."""
     prompt_ids: list[int]      # what the model read
-    ids: list[int]             # every sampled token, including the end-of-text or next "Human:"
+    ids: list[int]             # every sampled token, with the end-of-text or next "Human:", if any
     text: str                  # decoded, without that ending, and without spaces around it
     end: str                   # "end-of-text", "next question" or "limit": how it ended
 
@@ -65,7 +65,7 @@ class Sampling(NamedTuple):
     temperature: float
     top_p: float
     max_tokens: int            # of an answer
-    seed: int                  # of the first block of prompts: see kept_answers
+    seed: int                  # kept_answers adds to it, for each block of prompts
 
 
 def models_of(folder: Path, options: dict, names: Sequence[str] = tuple(NAMES)) -> dict[str, Path]:
@@ -105,7 +105,8 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     """
     def asks_again(ids: list[int]) -> bool:
         """Did the newest token complete "\\n\\nHuman:"?"""
-        # It has 8 characters, so at most 8 tokens, and the newest 8 are enough to look at.
+        # A token has at least one character of its 8, and the newest token has the last. So the
+        # newest 8 tokens hold it.
         return data.HUMAN in encoding.decode(ids[-8:])
 
     # Prompt and answer must fit into the context together. An answer gets at most half of it.
@@ -165,7 +166,7 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
     An answer in the file counts if it is of the same weights and was sampled with the same
     settings. What is missing is sampled in blocks. The seed of a block is the one in `sampling`,
     plus the number of answers that count so far: so the blocks of a model draw different random
-    numbers.
+    numbers. (And 10 prompts, then 100, give other answers than 100 at once.)
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -365,7 +366,8 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     and "high" are None without verdicts, and for a judge that was asked and could never be read.
     "letter A" is the share of A among the judge's letters, where it gave both. A judge that goes by
     the answers alone says A in one order and B in the other, so it has 1/2 there. Wilson's interval
-    is made for scores of 0 and 1. A score of 1/2 varies less, so with draws it is rather too wide.
+    is made for scores of 0 and 1. A score of 1/2 varies less, so with draws it is wider than it
+    need be.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -461,7 +463,7 @@ Reply B:
 
 Which reply is better? Answer with JSON, {form}."""
 
-# The braces below stay: str.format replaces those of QUESTION, not those of what it puts in.
+# FORM may hold braces: str.format replaces those of QUESTION, and doesn't look into its values.
 FORM = '{"better": "A"} or {"better": "B"}'
 FORM_WITH_REASON = '{"reason": "one short sentence", "better": "A"}, or the same with "B"'
 LETTER_SCHEMA = {"type": "string", "enum": ["A", "B"]}
@@ -496,7 +498,7 @@ class Judge:
         self.name = name
         self.explain = explain
         self.path = path
-        self.answered = {}     # a line of the file for each question that was answered
+        self.answered = {}     # question -> its line of the file, whether it could be read or not
         self.refusals = []     # why questions were refused in this run
         for line in repair_and_read(path, "judge", "question", "letter", "model",
                                     "question_cut"):
@@ -669,7 +671,8 @@ MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")    # of Llam
 
 def without_marks(text: str) -> str:
     """The text without the marks of Llama 2's chat template: a reply that holds them could pretend
-    that the question is over. Each becomes a space: without it, "[IN<s>ST]" would become "[INST]".
+    that the question is over. Each becomes a space: without the space, "[IN<s>ST]" would become
+    "[INST]".
 
     A lone surrogate becomes "?", as some servers refuse it.
     """
@@ -716,8 +719,7 @@ def doubts(agreement: dict, rates: list[dict]) -> list[str]:
 
     agreement: the rate of chosen against rejected. rates: those of all comparisons.
     """
-    # These limits are our choice. (With 100 prompts an interval is about 0.1 to each side: so a
-    # judge must agree with people in about 60 of 100 to be better than a coin.)
+    # These limits are our choice.
     most_unreadable = 0.1
     most_undecided = 0.5
     least_a = 0.1
@@ -728,6 +730,7 @@ def doubts(agreement: dict, rates: list[dict]) -> list[str]:
     letter_a = [rate["letter A"] for rate in rates if rate["letter A"] is not None]
 
     found = []
+    # With 100 prompts, a judge must agree with people on 60 for an interval that lies above 0.5.
     if agreement["rate"] is None or agreement["low"] <= 0.5:
         found.append("the judge's agreement with people is not better than a coin's, as far as the "
                      "interval of chosen against rejected tells")
@@ -765,10 +768,10 @@ def describe(answers: list[str]) -> dict[str, float]:
 
 
 def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
-    """log p(answer | prompt) in nats: the sum over all sampled tokens, the ending included.
+    """log p(answer | prompt) in nats: the sum over all sampled tokens, with the ending, if any.
 
-    It uses the function that DPO uses for the data's answers. The logits at place t - 1 predict
-    token t, so this is, for the one row of the batch,
+    dpo.sequence_logps computes it, as in training. The logits at position t - 1 predict token t, so
+    it is, for the one row of the batch,
 
         sum over all t where mask[t] is True:  log_softmax(logits[t - 1])[tokens[t]]
     """
@@ -781,15 +784,15 @@ def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
 def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text: "3.21 +- 0.40".
 
-    It tells how far DPO took the model from its reference: it is the KL in the objective from which
-    DPO's loss is derived, mean reward - beta * KL. It is estimated by the mean of
+    It tells how far DPO took the model from its reference. (The objective from which DPO's loss is
+    derived is mean reward - beta * KL.) By definition it is the mean, over answers of the tuned
+    model, of
 
         log_ratio = log p_tuned(answer) - log p_sft(answer)
 
-    over answers of the tuned model. These must be sampled from p_tuned itself: at temperature 1 and
-    top_p 1. A single answer gives no interval. Compare KLs only at the same limit to the length of
-    answers. By the chain rule the KL is a sum over tokens, and no term is below 0 (though single
-    log_ratios may be), so longer answers have more of it.
+    which times beta is DPO's implicit reward. The answers must be sampled from p_tuned itself: at
+    temperature 1 and top_p 1. A single one gives no interval. Compare KLs only at the same limit to
+    the length of answers: the higher it is, the larger the KL can become.
     """
     logps = {}
     for name in ("tuned", "sft"):
@@ -860,8 +863,9 @@ def notes(judge: Judge) -> list[str]:
                      f"answered.")
     cut = sum(line["question_cut"] for line in lines)
     if cut > 0:
-        found.append(f"The server has cut at least {cut} questions: its context is too short. Give "
-                     f"it a longer one, and move {judge.path} away, so that they are asked again.")
+        found.append(f"The server has cut at least {cut} of the kept questions: its context is too "
+                     f"short. Give it a longer one, and move {judge.path} away, so that they are "
+                     f"asked again.")
     if judge.refusals:
         found.append(f"The server refused {len(judge.refusals)} questions, the first with "
                      f"\"{judge.refusals[0]}\". The next run asks them again.")
@@ -910,10 +914,10 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
                          f"take another judge")
 
     blocks = [f"{args.judge} at temperature 0 compares answers to {len(texts['prompt'])} test "
-              f"prompts of {folder}. A rate is how often the first is better; a draw counts half. "
-              f"Its interval covers the choice of prompts and the luck of sampling, but no fault "
-              f"of the judge. The models' answers end after {args.max_new_tokens} tokens at the "
-              f"latest; the data's are whole.",
+              f"prompts of the run in {folder}. A rate is how often the first is better; a draw "
+              f"counts half, and what can't be read is left out. Its interval covers the choice of "
+              f"prompts and the luck of sampling, but no fault of the judge. The models' answers "
+              f"end after {args.max_new_tokens} tokens at the latest; the data's are whole.",
               table(RATE_HEADER, rows)]
     for doubt in doubts(rates["chosen", "rejected"], list(rates.values())):
         blocks.append(f"DON'T TRUST these rates: {doubt}.")
