@@ -180,11 +180,11 @@ def test_the_defaults_are_those_of_the_program():
          f"than GPT-2's); `none`: all weights"],
         ["`--warmup_share`, the share of the updates during which the rate grows",
          str(adapters.warmup_share)],
-        ["`--vals`, validations during a stage (SFT, then DPO), evenly spaced, beside one before its "
-         "first update",
+        ["`--vals`, validations during a stage (SFT, then DPO), evenly spaced, beside one before "
+         "its first update",
          f"{adapters.vals} at most"],
-        ["`--patience`, validations in a row without a new lowest loss, after which a stage ends; the "
-         "weights of the lowest are kept",
+        ["`--patience`, validations in a row without a new lowest loss, after which a stage ends; "
+         "the weights of the lowest are kept",
          str(adapters.patience)],
         ["`--resume`", "goes on with a run that was stopped or killed"],
         ["all others", "`python train.py --help` explains them"],
