@@ -302,9 +302,9 @@ class PackedBatch(NamedTuple):
     without their last tokens, from which nothing is predicted.
 
     The docstring of dpo.packed_logps shows the batch of two short pairs with all its numbers, and
-    what they are for. `cell` is explained there: attention's grid, numbered row by row.
-    A place counts along the line. A batch for supervised fine-tuning has the chosen responses
-    alone: B instead of 2B. int64 where nothing else is said.
+    what they are for. A place counts along the line. A cell is a place in attention's grids; cells
+    are numbered row by row, through all grids. A batch for supervised fine-tuning has only the
+    chosen responses: B instead of 2B. int64 where nothing else is said.
     """
     tokens: Tensor                 # (N,) the ids that the model reads
     positions: Tensor              # (N,) of each token in its row, from 0
@@ -417,7 +417,7 @@ def make_grids(rows: list[np.ndarray], length: int,
     keys and values are copies of the same numbers in the line, and their gradients add up there.
     """
     if count > 1:
-        rows = sorted(rows, key=len)
+        rows = sorted(rows, key=len)   # in any order: predicts and owner speak of the line
     group_size = math.ceil(len(rows) / count)
     to_rows = []
     to_line = np.zeros(length, np.int64)

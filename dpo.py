@@ -13,8 +13,8 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 The letters in the shapes: B pairs, R rows, T tokens of a row, V tokens of the vocabulary.
 
 This file needs torch alone, so it can be copied. A batch may be any object that has `indices` (B,):
-where its pairs stand in the data set. Section 5 alone needs the batches of data.py, and the GPT2 of
-model.py.
+where its pairs stand in the data set. (train_epoch also reads `tokens` and `mask`.) Only section 5
+needs the packed batches of data.py, and the GPT2 of model.py.
 """
 
 import math
@@ -38,11 +38,10 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
 
     The log of a ratio is a difference of two logs, and the logs are what this function takes. The
     first four arguments are (B,): log pi(response | prompt) in nats, summed over the tokens of the
-    response. `policy` is the model that trains, `reference` a frozen copy of it from before the
-    first update. beta is the price of leaving the reference: the weight of the KL term in the
-    paper's objective, mean reward - beta * KL(pi || pi_ref). The larger beta is, the closer the
-    policy stays: a small log-ratio is then a large reward already. The policy that makes this
-    objective highest is
+    response. `policy` is the model that trains, `reference` the same model before its first update.
+    beta is the price of leaving the reference: the weight of the KL term in the paper's objective,
+    mean reward - beta * KL(pi || pi_ref). The larger beta is, the closer the policy stays: a small
+    log-ratio is then enough for a small loss. The best policy for this objective is (equation 4)
 
         pi = pi_ref * exp(reward / beta) / Z(prompt)
 
@@ -69,17 +68,6 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     rejected_reward = beta * (policy_rejected - reference_rejected)
     loss = -F.logsigmoid(chosen_reward - rejected_reward)
     return loss, chosen_reward.detach(), rejected_reward.detach()
-
-
-def sft_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
-    """The loss of the stage before DPO, supervised fine-tuning (SFT): nats a token, (B,).
-
-    Each response counts the same, however long it is.
-
-    chosen_logps (B,): log pi(response | prompt) of the chosen responses. chosen_lengths (B,) int64:
-    their lengths in tokens.
-    """
-    return -chosen_logps / chosen_lengths
 
 
 # 2. What goes into it ---------------------------------------------------------------------------
@@ -139,6 +127,17 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
         table[0, indices] = chosen
         table[1, indices] = rejected
     return table
+
+
+def sft_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
+    """The loss of the stage before DPO, supervised fine-tuning (SFT): nats a token, (B,).
+
+    Each response counts the same, however long it is.
+
+    chosen_logps (B,): log pi(response | prompt) of the chosen responses. chosen_lengths (B,) int64:
+    their lengths in tokens.
+    """
+    return -chosen_logps / chosen_lengths
 
 
 # 3. What one watches ----------------------------------------------------------------------------
@@ -324,11 +323,11 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
     anything; and a wrong order of the pairs, as far as this batch shows it. It can't catch what is
     wrong in both alike, such as a wrong mask.
 
-    The mean of |policy - reference| may be 4 * eps * the mean of |reference|, with float32's eps,
-    1.2e-7: for logps near -150 that is 0.00007 nats. It leaves room for the last sum, which is in
-    float32, and which some devices make in a changing order. All that comes before it, in bfloat16
-    too, is rounded in the same way each time. Faults make far larger differences. (4 is our choice;
-    2 or 10 would do as well.)
+    The mean of |policy - reference| must be at most 4 * eps * the mean of |reference|, with
+    float32's eps, 1.2e-7: for logps near -150 that is 0.00007 nats. It leaves room for the last
+    sum, which is in float32, and which some devices make in a changing order. All that comes before
+    it, in bfloat16 too, is rounded in the same way each time. Faults make far larger differences.
+    (4 is our choice; 2 or 10 would do as well.)
     """
     difference = (policy_logps - reference_logps).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference_logps.abs().mean().item()
@@ -359,7 +358,7 @@ def train_epoch(model: nn.Module, logits_of: Callable[[Tensor], Tensor], batches
     """
     model.eval()                       # without dropout, which would be noise in the rewards
 
-    def logps_of(model: nn.Module, batch: object) -> Tensor:
+    def logps_of(model: nn.Module, batch: object) -> Tensor:     # (logits_of holds the model)
         return sequence_logps(logits_of, batch.tokens, batch.mask)             # (2B,)
 
     pair_count = sum(len(batch.indices) for batch in batches)
@@ -395,14 +394,14 @@ def train_epoch(model: nn.Module, logits_of: Callable[[Tensor], Tensor], batches
 # - Logits of prompts and padding. The loss needs only those that predict a token of a response, and
 #   GPT-2's head, with its 50,257 tokens, is a large part of the model.
 #
-# In a packed batch the tokens stand in one line: each prompt once, then its two responses. With p
-# for a token of the prompt, c of the chosen response and r of the rejected one, a model reads
+# In a packed batch the tokens stand in one line: each prompt once, then its two responses. Their
+# last tokens are left out: they are predicted, but nothing is predicted from them. With p for a
+# token of the prompt, c of the chosen response and r of the rejected one, a model reads
 #
 #     padded rows    p p p c c c c           one line    p p p c c c r
 #                    p p p r r . .
 #
-# (The last token of a response is predicted, but nothing is predicted from it. The line leaves it
-# out.) Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and
+# Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and
 # computes none of these three things. Only attention needs rows, and so that r doesn't see c, it
 # gets them: it gathers them from the line, prompts twice and with some padding, and takes the
 # results back to the line. train.py trains with packed batches.

@@ -194,7 +194,7 @@ class GPT2(nn.Module):
         to_line (N,) int64: where a token's result is found, among the R * T cells of all grids.
         """
         x = self.wte(tokens) + self.wpe(positions)     # (N, C)
-        for block in self.h:
+        for block in self.h:                           # as in Block.forward
             x = x + block.attn.packed(block.ln_1(x), to_rows, to_line)
             x = x + block.mlp(block.ln_2(x))
         return self.ln_f(x)
@@ -341,7 +341,7 @@ def cached_hidden(model: GPT2, tokens: Tensor, positions: Tensor, keys: Tensor,
     keys, values (n_layer, R, S, H, D): the KV cache, of all layers.
     """
     x = model.wte(tokens) + model.wpe(positions)
-    for layer, block in enumerate(model.h):
+    for layer, block in enumerate(model.h):            # as in Block.forward
         attended = cached_attention(block.attn, block.ln_1(x), positions, keys[layer],
                                     values[layer])
         x = x + attended
@@ -375,8 +375,8 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
 #
 # An adapter is an MLP as GPT-2 has it, only narrower. Houlsby et al. 2019 (arXiv:1902.00751) put
 # adapters behind attention and behind the MLP. A parallel adapter stands beside the MLP (He et al.
-# 2022, arXiv:2110.04366), so that both can be merged into one MLP after training. A replacing one
-# takes its place.
+# 2022, arXiv:2110.04366). As ours has GPT-2's own form, both can be merged into one MLP after
+# training. A replacing adapter takes the MLP's place.
 
 ADAPTERS = ("parallel", "replace", "none")
 ADAPTER_INITS = ("scratch", "pretrained")

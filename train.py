@@ -210,7 +210,7 @@ def train(config: Config) -> int:
     if config.adapter == "replace":
         add_adapters(model, "replace", config.adapter_width, config.adapter_init)
     sft_splits = splits
-    if config.demo:                                    # here SFT leaves the choice to DPO
+    if config.demo:                                    # half of them show the rejected answers
         sft_splits = half_swapped(splits)
     sft_is_done = run.saved.get("stage") == "dpo"      # the run was stopped in DPO, and is resumed
     if not sft_is_done:
@@ -345,8 +345,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         # The first one counts, too: so the best weights may be those that the stage began with.
         #
         # A save holds all that came before it. A run that was killed goes on from its last save,
-        # and makes what came after it again. Where that save came after a validation, the run has
-        # validated this step already.
+        # and makes what came after it again, best weights among it. Where that save came after a
+        # validation, the run has validated this step already.
         step = state.step
         due = step % val_every == 0 or step == total_steps
         if due and state.validated != step:
@@ -399,7 +399,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         if state.step % config.log_every == 0 or state.step == total_steps:
             seconds_per_step = (time.perf_counter() - started) / (state.step - first_step)
             line = mean_metrics(state.window)
-            line["skipped"] = state.skipped            # of the run, not of the window
+            line["skipped"] = state.skipped            # of the stage, not of the window
             line["tokens_per_second"] = sum(speeds) / len(speeds)
             line["seconds_left"] = seconds_per_step * (total_steps - state.step)
             log(run, "train", stage, state.step, total_steps, line)
@@ -618,7 +618,7 @@ def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimize
     best/. It gets its name only when it is whole.
 
     No state of a random generator is among it: the order of the pairs follows from seed and step,
-    and fit draws nothing else.
+    and nothing else in fit depends on random numbers.
     """
     trained = {}
     for name, parameter in model.named_parameters():
