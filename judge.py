@@ -105,8 +105,8 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     """
     def asks_again(ids: list[int]) -> bool:
         """Did the newest token complete "\\n\\nHuman:"?"""
-        # A token has at least one character of its 8, and the newest token has the last. So the
-        # newest 8 tokens hold it.
+        # "\n\nHuman:" has 8 characters, so it spans at most 8 tokens. Where it has just become
+        # complete, these are the newest ones.
         return data.HUMAN in encoding.decode(ids[-8:])
 
     # Prompt and answer must fit into the context together. An answer gets at most half of it.
@@ -333,7 +333,7 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     None if the person stops. No name is shown. One order is enough here, as it is random: a liking
     for a position cancels out over many prompts. The same seed and prompt give the same order.
     """
-    # "replace": half a character, as JSON may hold one, can't be encoded, and becomes "?".
+    # "replace": a lone surrogate, half a character as JSON may hold it, becomes "?".
     generator = random.Random(f"{seed} {prompt}".encode("utf-8", "replace"))
     answer_is_a = generator.random() < 0.5
     if answer_is_a:
@@ -352,8 +352,8 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
         if key == "":
             return 0.5
         if key in ("a", "b"):
-            chosen = a if key == "a" else b
-            return 1.0 if chosen == answer else 0.0    # the two are different
+            picked = a if key == "a" else b
+            return 1.0 if picked == answer else 0.0    # the two are different
 
 
 # 4. Win rate ------------------------------------------------------------------------------------
@@ -463,7 +463,7 @@ Reply B:
 
 Which reply is better? Answer with JSON, {form}."""
 
-# FORM may hold braces: str.format replaces those of QUESTION, and doesn't look into its values.
+# Braces in FORM are safe: str.format doesn't look into what it puts in.
 FORM = '{"better": "A"} or {"better": "B"}'
 FORM_WITH_REASON = '{"reason": "one short sentence", "better": "A"}, or the same with "B"'
 LETTER_SCHEMA = {"type": "string", "enum": ["A", "B"]}
@@ -739,7 +739,7 @@ def doubts(agreement: dict, rates: list[dict]) -> list[str]:
     if undecided > most_undecided * verdicts:
         found.append(f"{undecided} of {verdicts} verdicts are undecided: the order decides, or the "
                      f"answers are equal")
-    if letter_a:
+    if letter_a:               # where verdicts are undecided, this may tell why
         share_a = statistics.fmean(letter_a)
         if share_a < least_a or share_a > most_a:
             found.append(f"the judge says A in {share_a:.0%} of its answers, on average over the "
@@ -785,14 +785,14 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text: "3.21 +- 0.40".
 
     It tells how far DPO took the model from its reference. (The objective from which DPO's loss is
-    derived is mean reward - beta * KL.) By definition it is the mean, over answers of the tuned
-    model, of
+    derived is mean reward - beta * KL.) By definition it is the expectation, over answers of the
+    tuned model, of
 
         log_ratio = log p_tuned(answer) - log p_sft(answer)
 
-    which times beta is DPO's implicit reward. The answers must be sampled from p_tuned itself: at
-    temperature 1 and top_p 1. A single one gives no interval. Compare KLs only at the same limit to
-    the length of answers: the higher it is, the larger the KL can become.
+    which times beta is DPO's implicit reward. The mean over sampled answers estimates it. They must
+    be sampled from p_tuned itself: at temperature 1 and top_p 1. A single one gives no interval.
+    Compare KLs only at the same limit to the length of answers: longer ones give it more room.
     """
     logps = {}
     for name in ("tuned", "sft"):

@@ -202,7 +202,7 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
             f"{odds:.2f} to {odds * math.exp(4):.1f}, which is {optimum:.1%}.")
     assert text in " ".join(README.split())
     after, count = re.search(r"after  DPO +(\S+)% of (\d+)", README).groups()
-    assert f"The demo's {after}% of {count} answers is that, but for luck." in README
+    assert f"The demo's {after}% of {count} answers agrees with that." in " ".join(README.split())
     low, high = dpo.wilson_interval(float(after) / 100, int(count))
     assert low < optimum < high
 
@@ -243,9 +243,10 @@ def test_the_lines_of_one_update_are_train_step():
         return dpo.dpo_metrics(logps, table[:, batch.indices].flatten(), beta=0.7)
     dpo.train_step(other, [batch], torch.optim.AdamW(other.parameters(), lr=0.1), loss_function)
 
-    exec(block_from("policy_chosen, policy_rejected = sequence_logps("), {
+    exec(block_from("# The rate grows to its peak"), {
         "model": model, "batch": batch, "reference_table": table, "beta": 0.7, "max_norm": 1.0,
-        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1), "nn": torch.nn,
+        "optimizer": torch.optim.AdamW(model.parameters()), "nn": torch.nn, "step": 3, "peak": 0.2,
+        "warmup_steps": 8, "total_steps": 20, "cosine_lr": dpo.cosine_lr,
         "sequence_logps": dpo.sequence_logps, "dpo_loss": dpo.dpo_loss})
     for weight, expected in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(weight, expected)
