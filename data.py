@@ -253,9 +253,9 @@ def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
 # 3. Batches -------------------------------------------------------------------------------------
 #
 # A batch has two forms, with the same meaning. A padded one has a row for each response: any model
-# can read it, and dpo.sequence_logps takes it. A packed one holds each prompt once, and no padding
-# but inside attention: only our model can read it, by dpo.packed_logps. train.py trains with packed
-# batches, since they are faster.
+# can read it, and dpo.sequence_logps takes it. A packed one holds the prompt of a pair once, and no
+# padding but inside attention: only our model can read it, by dpo.packed_logps. train.py trains
+# with packed batches, since they are faster.
 #
 # In both forms the responses are numbered chosen first: of B pairs, pair b's chosen response is
 # number b, its rejected response is number B + b.
@@ -266,6 +266,10 @@ class PaddedBatch(NamedTuple):
     tokens: Tensor                 # (2B, T) int64
     mask: Tensor                   # (2B, T) bool: True on the response
     indices: Tensor                # (B,) int64: the pairs' places in the data set
+
+    def to(self, device: torch.device | str) -> "PaddedBatch":
+        """The same batch on a device."""
+        return PaddedBatch(self.tokens.to(device), self.mask.to(device), self.indices.to(device))
 
 
 def pad(pairs: list[TokenPair], indices: Sequence[int]) -> PaddedBatch:

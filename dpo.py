@@ -398,13 +398,13 @@ def train_epoch(model: nn.Module, logits_of: Callable[[Tensor], Tensor], batches
 # last tokens are left out: they are predicted, but nothing is predicted from them. With p for a
 # token of the prompt, c of the chosen response and r of the rejected one, a model reads
 #
-#     padded rows    p p p c c c c           one line    p p p c c c r
-#                    p p p r r . .
+#     padded rows    p p p c c c           one line    p p p c c c r
+#                    p p p r r .
 #
 # Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and
-# computes none of these three things. Only attention needs rows, and so that r doesn't see c, it
-# gets them: it gathers them from the line, prompts twice and with some padding, and takes the
-# results back to the line. train.py trains with packed batches.
+# computes none of these three things. Only attention needs rows, in which r doesn't see c: it
+# gathers them from the line, prompts twice and with some padding, and takes the results back to the
+# line. train.py trains with packed batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
 # two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit e764479):

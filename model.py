@@ -93,8 +93,8 @@ class CausalSelfAttention(nn.Module):
     def packed(self, x: Tensor, to_rows: tuple[Tensor, ...], to_line: Tensor) -> Tensor:
         """The same for a packed batch, see GPT2.packed_hidden: (N, C) -> (N, C).
 
-        Gather rows from the line of tokens, qkv[to_rows]; attend in the rows; take the results back
-        to the line, y[to_line].
+        Gather the rows of each grid from the line of tokens, qkv[grid]; attend in the rows; take
+        the results back to the line, y[to_line].
         """
         qkv = self.c_attn(x)                                           # (N, 3C): each token once
         results = []

@@ -509,6 +509,9 @@ def test_a_worked_padded_batch():
     assert batch.mask.dtype == torch.bool
     of_array = data.pad(WORKED, np.array([7, 3], np.int32))
     assert of_array.indices.dtype == torch.int64
+    moved = batch.to("meta")
+    assert [tensor.device.type for tensor in moved] == ["meta"] * 3
+    assert [tensor.shape for tensor in moved] == [tensor.shape for tensor in batch]
 
 
 def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...]) -> None:
