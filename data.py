@@ -68,7 +68,7 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
     """The dialogues of one question and one answer in a JSONL file, and what became of its rows.
 
     Dialogues of several turns are dropped: one question and one answer is what this project is
-    about. About three in ten of hh-rlhf's rows are of that form.
+    about. About three in ten of hh-rlhf's rows have only these.
 
     The file may be plain or .gz. Each line is an object with the strings "chosen" and "rejected".
     These are whole dialogues, as in hh-rlhf; or, where there is a third string "prompt", only the

@@ -230,8 +230,8 @@ def train(config: Config) -> int:
             reference_tables[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))
 
     # The policy begins as its reference, in a resumed run, too: only fit loads the trained weights.
-    # Check it, with the first batch that the reference had: eval_batches gives the same batches at
-    # each call.
+    # Check it, with the first batch that the reference had, which has the shortest pairs:
+    # eval_batches gives the same batches at each call.
     if config.adapter != "replace":
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference_tables["train"]))
@@ -350,9 +350,9 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         step = state.step
         due = step % val_every == 0 or step == total_steps
         if due and state.validated != step:
-            passes = eval_batches(splits["val"], config, machine, reference_tables.get("val"),
-                                  sides)
-            metrics = dpo.val_step(model, passes, loss_function)
+            val_batches = eval_batches(splits["val"], config, machine, reference_tables.get("val"),
+                                       sides)
+            metrics = dpo.val_step(model, val_batches, loss_function)
             if metrics["loss"] < state.best_loss:      # at first it is infinite
                 state.best_loss = metrics["loss"]
                 state.best_step = step
@@ -746,7 +746,7 @@ def show_answers(when: str, answers: list[str]) -> tuple[float, float]:
 
 EXAMPLES = """
 examples:
-  python train.py                        GPT-2 124M on all four subsets; downloads both
+  python train.py                        GPT-2 124M on all four subsets, downloaded first
   python train.py --demo                 a tiny model in a made-up world, in a minute or two
   python train.py --pairs mine.jsonl     your own pairs
   python train.py --resume               go on after a stop or a kill
