@@ -105,8 +105,8 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     """
     def asks_again(ids: list[int]) -> bool:
         """Did the newest token complete "\\n\\nHuman:"?"""
-        # "\n\nHuman:" has 8 characters, so it spans at most 8 tokens. Where it has just become
-        # complete, these are the newest ones.
+        # "\n\nHuman:" has 8 characters, and each of its tokens holds at least one of them: so it
+        # stands in the last 8 tokens, if the newest one completed it.
         return data.HUMAN in encoding.decode(ids[-8:])
 
     # Prompt and answer must fit into the context together. An answer gets at most half of it.
@@ -164,9 +164,9 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
     """The model's answers to the prompts: from the file, or sampled and added to the file.
 
     An answer in the file counts if it is of the same weights and was sampled with the same
-    settings. What is missing is sampled in blocks. The seed of a block is the one in `sampling`,
-    plus the number of answers that count so far: so the blocks of a model draw different random
-    numbers. (And 10 prompts, then 100, give other answers than 100 at once.)
+    settings. What is missing is sampled in blocks. The seed of a block is sampling.seed plus the
+    number of answers that the model has by then (0, then 32, then 64, ...): so each block draws
+    random numbers of its own.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -366,8 +366,8 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     and "high" are None without verdicts, and for a judge that was asked and could never be read.
     "letter A" is the share of A among the judge's letters, where it gave both. A judge that goes by
     the answers alone says A in one order and B in the other, so it has 1/2 there. Wilson's interval
-    is made for scores of 0 and 1. A score of 1/2 varies less, so with draws it is wider than it
-    need be.
+    is made for scores of 0 and 1. With draws, scores vary less, so the interval is then wider than
+    it need be.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -375,7 +375,7 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
         if None not in verdict.letters:
             letters += verdict.letters
     unreadable = len(verdicts) - len(scores)
-    rate = {
+    summary = {
         "prompts": len(verdicts),
         "rate": None,
         "low": None,
@@ -390,11 +390,12 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     read = [verdict for verdict in asked if verdict.score is not None]
     never_read = len(asked) > 0 and len(read) == 0
     if scores and not never_read:
-        rate["rate"] = statistics.fmean(scores)
-        rate["low"], rate["high"] = dpo.wilson_interval(rate["rate"], len(scores))
+        rate = statistics.fmean(scores)
+        summary["rate"] = rate
+        summary["low"], summary["high"] = dpo.wilson_interval(rate, len(scores))
     if letters:
-        rate["letter A"] = letters.count("A") / len(letters)
-    return rate
+        summary["letter A"] = letters.count("A") / len(letters)
+    return summary
 
 
 OFFENSIVE = ("hh-rlhf holds offensive text, and answers to it may be offensive, too; a run of "
@@ -608,16 +609,17 @@ class Judge:
                           f"{self.error_text(response)}: see whether --url is right") from None
         if choice.get("finish_reason") == "length":
             letter = None                              # cut off: the judge was not done
+        # A word is nearly always one token or more. So if the server has read fewer tokens than the
+        # question has words, it has cut the question, as some do where the context is too short.
+        # Small cuts don't show.
+        told = prompt_tokens > 0
         return {
             "judge": self.name,
             "model": body.get("model") or self.name,   # as the server calls it
             "question": question,
             "text": text,
             "letter": letter,
-            # A word is nearly always one token or more. So if the server has read fewer tokens than
-            # the question has words, it has cut the question, as some do where the context is too
-            # short. Small cuts don't show.
-            "question_cut": 0 < prompt_tokens < len(question.split()),
+            "question_cut": told and prompt_tokens < len(question.split()),
         }
 
     def fault(self, response: requests.Response) -> OSError:
@@ -670,11 +672,11 @@ MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")    # of Llam
 
 
 def without_marks(text: str) -> str:
-    """The text without the marks of Llama 2's chat template: a reply that holds them could pretend
-    that the question is over. Each becomes a space: without the space, "[IN<s>ST]" would become
-    "[INST]".
+    """The text without the marks of Llama 2's chat template, and without white space at its ends.
 
-    A lone surrogate becomes "?", as some servers refuse it.
+    A reply that holds the marks could pretend that the question is over. Each becomes a space:
+    without the space, "[IN<s>ST]" would become "[INST]". A lone surrogate, half a character as JSON
+    may hold it, becomes "?", as some servers refuse it.
     """
     for mark in MARKS:
         text = re.sub(re.escape(mark), " ", text, flags=re.IGNORECASE)
@@ -730,12 +732,12 @@ def doubts(agreement: dict, rates: list[dict]) -> list[str]:
     letter_a = [rate["letter A"] for rate in rates if rate["letter A"] is not None]
 
     found = []
-    # With 100 prompts, a judge must agree with people on 60 for an interval that lies above 0.5.
+    # With 100 prompts, the rate must be 0.60 for an interval that lies above 0.5.
     if agreement["rate"] is None or agreement["low"] <= 0.5:
         found.append("the judge's agreement with people is not better than a coin's, as far as the "
                      "interval of chosen against rejected tells")
     if unreadable > most_unreadable * verdicts:
-        found.append(f"{unreadable} of {verdicts} verdicts can't be read")
+        found.append(f"{unreadable} of {verdicts} verdicts can't be read, or were refused")
     if undecided > most_undecided * verdicts:
         found.append(f"{undecided} of {verdicts} verdicts are undecided: the order decides, or the "
                      f"answers are equal")
@@ -785,14 +787,14 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text: "3.21 +- 0.40".
 
     It tells how far DPO took the model from its reference. (The objective from which DPO's loss is
-    derived is mean reward - beta * KL.) By definition it is the expectation, over answers of the
-    tuned model, of
+    derived is mean reward - beta * KL.) By definition it is the expectation of
 
-        log_ratio = log p_tuned(answer) - log p_sft(answer)
+        log p_tuned(answer | prompt) - log p_sft(answer | prompt)
 
-    which times beta is DPO's implicit reward. The mean over sampled answers estimates it. They must
-    be sampled from p_tuned itself: at temperature 1 and top_p 1. A single one gives no interval.
-    Compare KLs only at the same limit to the length of answers: longer ones give it more room.
+    over prompts, and over the tuned model's answers to them. (This difference times beta is DPO's
+    implicit reward.) The mean over sampled answers estimates it, if the answers are sampled from
+    p_tuned itself: at temperature 1 and top_p 1. From a single answer there is no interval. Compare
+    KLs only at the same limit to the length of answers: long answers have more room to differ.
     """
     logps = {}
     for name in ("tuned", "sft"):
@@ -985,12 +987,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # args.ask is None without --ask, ["a", "b"] for --ask a --ask b, and [""] for --ask without a
     # text: see `run`.
     parser.add_argument("--ask", metavar="QUESTION", nargs="?", const="", action="append",
-                        help="show the models' answers to it; without a text, questions are read "
-                             "from the terminal")
+                        help="show the models' answers to it; if no --ask has a text, questions "
+                             "are read from the terminal")
     parser.add_argument("--blind", action="store_true",
                         help="compare the answers yourself, without knowing whose they are")
     parser.add_argument("--against", default="sft", choices=("chosen", "untuned", "sft"),
-                        help="whose answers --blind compares the tuned model's with")
+                        help="whose answers --blind sets beside the tuned model's")
     parser.add_argument("--prompts", type=int, default=100, help="test prompts to compare on")
     parser.add_argument("--seed", type=int, default=0,
                         help="decides the prompts, what is sampled, and the order in --blind")
