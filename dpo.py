@@ -40,8 +40,8 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     first four arguments are (B,): log pi(response | prompt) in nats, summed over the tokens of the
     response. `policy` is the model that trains, `reference` the same model before its first update.
     beta is the price of leaving the reference: the weight of the KL term in the paper's objective,
-    mean reward - beta * KL(pi || pi_ref). The larger beta is, the closer the policy stays: a small
-    log-ratio is then enough for a small loss. The best policy for this objective is (equation 4)
+    mean reward - beta * KL(pi || pi_ref). The larger beta is, the closer the policy stays. The best
+    policy for this objective is (equation 4)
 
         pi = pi_ref * exp(reward / beta) / Z(prompt)
 
@@ -91,7 +91,8 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
 
     all_logps = logits.log_softmax(-1)                                     # (R, T-1, V)
     token_logps = all_logps.gather(-1, targets[:, :, None]).squeeze(-1)    # (R, T-1)
-    # Filled, not multiplied by the mask: -inf * 0 would be nan, where a model forbids a token.
+    # Filled, not multiplied by the mask: a model may give the padding's token a logit of -inf, and
+    # -inf * 0 is nan.
     token_logps = token_logps.masked_fill(~is_response, 0.0)
     return token_logps.sum(-1)                         # a sum, not a mean: of a whole response
 
@@ -110,14 +111,18 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
 
     Row 0 is of the chosen responses, row 1 of the rejected ones, in nats.
 
-    The reference never changes, so what it says about the data is data. It is asked once, before
-    training, and it is the very model that training then starts from. So no second model stands in
-    memory, and no update computes the reference again.
+    The reference is the model that training starts from. It never changes, so what it says about
+    the data is data: it is asked once, before training. No second model stands in memory, and no
+    update computes the reference again.
 
-    logps_of(model, batch): the logps (2B,) of a batch, chosen first; for padded batches
-    sequence_logps(model, batch.tokens, batch.mask). batches: of the pairs of the data set;
-    batch.indices (B,) int64 are the pairs' places in it, from 0 to pair_count - 1. A pair that is
-    in no batch has nan.
+    logps_of: the function that computes the logps (2B,) of a batch, chosen first. For padded
+    batches it is
+
+        def logps_of(model, batch):
+            return sequence_logps(model, batch.tokens, batch.mask)
+
+    batches: of the pairs of the data set; batch.indices (B,) int64 are the pairs' places in it, 0
+    to pair_count - 1. A pair that is in no batch gets nan, which check_start would refuse.
     """
     table = torch.full((2, pair_count), math.nan)
     for batch in batches:
@@ -176,9 +181,12 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
 
     Wilson 1927 (JASA 22, p. 209). DPO does without it, but whoever reports an accuracy should not.
     The usual mean +- 1.96 standard errors has no width where all samples agree; this interval still
-    has some, as two of two is no proof. A sample may also be a score between 0 and 1, such as 1/2
-    for a tie. Such scores vary less than zeros and ones with the same mean, so the interval is then
-    wider than it need be. Raises ValueError unless count is above 0 and mean lies in [0, 1].
+    has some, as two of two is no proof. Its ends are the two shares p from which the mean is 1.96
+    of p's own standard errors, sqrt(p * (1 - p) / count), away: a quadratic equation in p.
+
+    A sample may also be a score between 0 and 1, such as 1/2 for a tie. Such scores vary less than
+    zeros and ones with the same mean, so the interval is then wider than it need be. Raises
+    ValueError unless count is above 0 and mean lies in [0, 1].
 
     >>> low, high = wilson_interval(1.0, 2)  # two of two
     >>> f"{low:.2f} to {high:.2f}"
@@ -262,16 +270,16 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     loss_function(model, batch): a dict of (B,) tensors, "loss" among them, as dpo_metrics returns.
     max_norm: a longer gradient is shortened to this length.
     scaler: for float16, whose small gradients would become 0. It multiplies the loss by a large
-    number, the scale, before the backward pass. unscale_ divides the gradients by it, and notes
-    whether one is inf or nan. update reads that note: it then lowers the scale, else it may raise
-    it.
+    number, the scale, and divides the gradients by it before they are used. update() lowers the
+    scale if a gradient was inf or nan, and else may raise it. Without a scaler, read the lines with
+    `scaler` as loss.backward() and optimizer.step().
 
     Returns the mean of every metric over all pairs, "grad_norm" before the gradient was shortened,
     and "skipped", 0 or 1. A loss or gradient that is not finite makes no update: weights and
     optimizer stay as they were, and "skipped" is 1.
     """
     if scaler is None:
-        # Switched off: scale returns the loss, step is optimizer.step(), the others do nothing.
+        # Switched off: scale returns the loss, step calls optimizer.step(), the rest does nothing.
         scaler = torch.amp.GradScaler(enabled=False)
 
     pair_count = sum(len(batch.indices) for batch in micro_batches)
@@ -293,7 +301,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     result = as_floats(means)
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
-        scaler.step(optimizer)                         # optimizer.step()
+        scaler.step(optimizer)
     scaler.update()                                    # where there was no step, too
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
@@ -323,11 +331,11 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
     anything; and a wrong order of the pairs, as far as this batch shows it. It can't catch what is
     wrong in both alike, such as a wrong mask.
 
-    The mean of |policy - reference| must be at most 4 * eps * the mean of |reference|, with
-    float32's eps, 1.2e-7: for logps near -150 that is 0.00007 nats. It leaves room for the last
-    sum, which is in float32, and which some devices make in a changing order. All that comes before
-    it, in bfloat16 too, is rounded in the same way each time. Faults make far larger differences.
-    (4 is our choice; 2 or 10 would do as well.)
+    "Equal" allows for rounding: the mean of |policy - reference| may be 4 * eps * the mean of
+    |reference|, with float32's eps, 1.2e-7. For logps near -150 that is 0.00007 nats. It leaves
+    room for the last sum, which is in float32, and which some devices make in a changing order. All
+    that comes before it, in bfloat16 too, is rounded in the same way each time. Faults make far
+    larger differences. (4 is our choice; 2 or 10 would do as well.)
     """
     difference = (policy_logps - reference_logps).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference_logps.abs().mean().item()
@@ -339,15 +347,23 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
             f"for an adapter that is not the identity at first")
 
 
-def train_epoch(model: nn.Module, logits_of: Callable[[Tensor], Tensor], batches: list,
-                beta: float = 0.1, peak: float = 1e-5) -> list[dict[str, float]]:
+def train_epoch(model: nn.Module, batches: list, beta: float = 0.1,
+                peak: float = 1e-5) -> list[dict[str, float]]:
     """All of it together: DPO of a model of your own, with one update for each of the batches.
 
-    For a model of `transformers`:
+    model: from tokens (R, T) to logits (R, T, V), as the GPT2 of model.py is. A model of
+    `transformers` returns more than logits, so it needs a wrapper:
 
-        train_epoch(model, lambda tokens: model(tokens).logits, batches)
+        class Logits(nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
 
-    logits_of: the model as a function from tokens (R, T) to logits (R, T, V).
+            def forward(self, tokens):
+                return self.model(tokens).logits
+
+        train_epoch(Logits(model), batches)
+
     batches: as data.pad makes them, on the model's device. Each has tokens and mask (2B, T), first
     the B rows of the chosen responses, then those of the rejected ones; and indices (B,), which
     number the pairs of all batches from 0.
@@ -358,15 +374,16 @@ def train_epoch(model: nn.Module, logits_of: Callable[[Tensor], Tensor], batches
     """
     model.eval()                       # without dropout, which would be noise in the rewards
 
-    def logps_of(model: nn.Module, batch: object) -> Tensor:     # (logits_of holds the model)
-        return sequence_logps(logits_of, batch.tokens, batch.mask)             # (2B,)
+    def logps_of(model: nn.Module, batch: object) -> Tensor:
+        return sequence_logps(model, batch.tokens, batch.mask)                 # (2B,)
 
     pair_count = sum(len(batch.indices) for batch in batches)
     reference_table = reference_logps(logps_of, model, batches, pair_count)    # (2, pair_count)
     reference_table = reference_table.to(batches[0].tokens.device)
 
     def reference_of(batch: object) -> Tensor:
-        return reference_table[:, batch.indices].flatten()       # (2B,): the chosen ones first
+        chosen, rejected = reference_table[:, batch.indices]                   # (B,) each
+        return torch.cat([chosen, rejected])                                   # (2B,)
 
     def loss_function(model: nn.Module, batch: object) -> dict[str, Tensor]:
         return dpo_metrics(logps_of(model, batch), reference_of(batch), beta)
@@ -394,17 +411,18 @@ def train_epoch(model: nn.Module, logits_of: Callable[[Tensor], Tensor], batches
 # - Logits of prompts and padding. The loss needs only those that predict a token of a response, and
 #   GPT-2's head, with its 50,257 tokens, is a large part of the model.
 #
-# In a packed batch the tokens stand in one line: each prompt once, then its two responses. Their
-# last tokens are left out: they are predicted, but nothing is predicted from them. With p for a
-# token of the prompt, c of the chosen response and r of the rejected one, a model reads
+# In a packed batch the tokens stand in one line: each prompt once, then its two responses. Say a
+# prompt has 3 tokens (p), its chosen response 4 (c), and the rejected one 2 (r). The last token of
+# a response is left out of the line: it is predicted, but nothing is predicted from it. Padded rows
+# lose their last column alone, for the same reason. So a model reads
 #
 #     padded rows    p p p c c c           one line    p p p c c c r
 #                    p p p r r .
 #
 # Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and
-# computes none of these three things. Only attention needs rows, in which r doesn't see c: it
-# gathers them from the line, prompts twice and with some padding, and takes the results back to the
-# line. train.py trains with packed batches.
+# computes none of these three things. Only attention needs rows, in which r doesn't see c. So
+# attention copies its rows from the line, prompts twice and with some padding, and its results are
+# taken back to the line. train.py trains with packed batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
 # two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit e764479):
@@ -511,7 +529,8 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     #
     #     h . head[token] - h . mean_row  =  h . (head[token] - mean_row)
     #
-    # As the result doesn't depend on mean_row, its gradient is 0, and detach leaves it out.
+    # With any other row in the place of mean_row, all log p would be the same. So the derivative by
+    # it is 0, and need not be computed: detach.
     mean_row = head.detach().mean(0)                   # (C,)
     head = head - mean_row
 
@@ -543,16 +562,19 @@ class TargetLogps(torch.autograd.Function):
 
     autograd would keep all V x M numbers of log_softmax for these lines. Here the derivatives are
     made piece by piece. The derivative of log p(target) by the logits is known from cross-entropy:
-    one_hot(target) - softmax. Through the product head @ h.T it becomes two products:
+    one_hot(target) - softmax. Call it d_logits. Through the product head @ h.T it becomes two:
 
-        by h       (one_hot - softmax).T @ head        (piece, V) @ (V, C)
-        by head    (one_hot - softmax) @ h             (V, piece) @ (piece, C)
+        by h       d_logits.T @ head      (piece, V) @ (V, C): a row for each prediction
+        by head    d_logits @ h           (V, piece) @ (piece, C): a sum over predictions
 
-    The first has a row for each prediction. The forward pass makes it at once, while it has the
-    softmax, and the gradient that arrives later only multiplies its rows. The second is a sum over
-    predictions, in which each h must first be multiplied by the gradient that arrives for it. So it
-    is made in the backward pass, from a softmax that is computed once more, and only if the head
-    trains.
+    Each prediction's part must be multiplied by the gradient that arrives for it, which is known
+    only in the backward pass. The first product can be made before: the gradient then multiplies
+    its rows. So the forward pass makes it, while it has the softmax. In the second, a sum, the
+    parts can't be told apart any more. So the backward pass makes it, from h times the gradient,
+    and from a softmax that is computed once more; and only if the head trains.
+
+    (torch.utils.checkpoint around the three lines would be simpler. Adapters, whose head doesn't
+    train, would then pay for a third product: see "Speed" in results/README.md.)
     """
 
     @staticmethod

@@ -298,10 +298,22 @@ def small_model_of_transformers() -> GPT2LMHeadModel:
     return model
 
 
-def test_train_epoch_trains_a_model_of_transformers():
+def docstring_lines() -> str:
+    """The lines for a model of `transformers` in the docstring of train_epoch."""
+    text = textwrap.dedent(dpo.train_epoch.__doc__.split("\n", 1)[1])
+    block = text[text.index("    class Logits"):text.index("\nbatches:")]
+    return textwrap.dedent(block).replace("train_epoch(", "history = dpo.train_epoch(")
+
+
+def test_the_docstrings_lines_train_a_model_of_transformers():
     model = small_model_of_transformers()
-    batches = [plain_batch(number) for number in range(20)]
-    history = dpo.train_epoch(model, lambda tokens: model(tokens).logits, batches)
+    names = {"nn": nn, "dpo": dpo, "model": model,
+             "batches": [plain_batch(number) for number in range(20)]}
+    before = copy.deepcopy(model.state_dict())
+    exec(docstring_lines(), names)
+    history = names["history"]
+    assert not model.training
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
     losses = [metrics["loss"] for metrics in history]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] < losses[0] - 1e-5                # the rate is only 1e-5
@@ -317,8 +329,9 @@ def test_train_epoch_is_its_lines_by_hand():
     rows = [*range(5), *range(8, 13)]                   # the last batch has 5 pairs
     batches[2] = SimpleNamespace(tokens=batches[2].tokens[rows], mask=batches[2].mask[rows],
                                  indices=batches[2].indices[:5])
-    history = dpo.train_epoch(model, lambda tokens: model(tokens).logits, batches, beta=0.3,
-                              peak=1e-2)
+    names = {"nn": nn, "dpo": dpo, "model": model, "batches": batches}
+    exec(docstring_lines().replace("batches)", "batches, beta=0.3, peak=1e-2)"), names)
+    history = names["history"]
 
     optimizer = torch.optim.AdamW(by_hand.parameters(), weight_decay=0.0)
     rates = [1e-2, 5.5e-3, 1e-3]                        # no warm-up; half a cosine to a tenth

@@ -199,7 +199,7 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
     optimum = odds / (1 + odds)
     odds = before / (100 - before)
     text = (f"step 2 multiplies the odds by e^4, from about {before} / {100 - before:.1f} = "
-            f"{odds:.2f} to {odds * math.exp(4):.1f}, which is {optimum:.1%}.")
+            f"{odds:.3f} to {odds * math.exp(4):.1f}, which is {optimum:.1%}.")
     assert text in " ".join(README.split())
     after, count = re.search(r"after  DPO +(\S+)% of (\d+)", README).groups()
     assert f"The demo's {after}% of {count} answers agrees with that." in " ".join(README.split())
