@@ -68,7 +68,7 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
     """The dialogues of one question and one answer in a JSONL file, and what became of its rows.
 
     Dialogues of several turns are dropped: one question and one answer is what this project is
-    about. About three in ten of hh-rlhf's rows have only these.
+    about. About three in ten of hh-rlhf's rows are of this kind.
 
     The file may be plain or .gz. Each line is an object with the strings "chosen" and "rejected".
     These are whole dialogues, as in hh-rlhf; or, where there is a third string "prompt", only the
@@ -168,9 +168,9 @@ def split(pairs: list[Pair], test: list[Pair], val_share: float,
           test_share: float) -> tuple[dict[str, list[Pair]], Counter]:
     """The splits "train", "val" and "test", and how many pairs were dropped.
 
-    test: the pairs of a test file. They become the split "test"; other pairs with one of their
-    prompts are dropped, and counted. Where it is empty, about test_share of the prompts go to that
-    split. In both cases about val_share of the prompts go to "val".
+    test: the pairs of a test file, which become the split "test". Of `pairs`, those whose prompt is
+    in the test file are dropped, and counted. Without a test file, about test_share of the prompts
+    go to "test". In both cases about val_share of the prompts go to "val".
 
     The hash of a prompt decides, so equal prompts are never in two splits, in whatever order the
     pairs come and on whatever machine. If rows were drawn instead, a prompt that has several pairs
@@ -179,15 +179,14 @@ def split(pairs: list[Pair], test: list[Pair], val_share: float,
     splits = {"train": [], "val": [], "test": list(test)}
     dropped = Counter({"prompt is in test": 0})    # to be shown even where it stays 0
     test_prompts = {pair.prompt for pair in test}
-    if test:
-        test_share = 0.0           # nothing more goes there
+    share_to_test = 0.0 if test else test_share
     for pair in pairs:
         fraction = fraction_of(pair.prompt)
         if pair.prompt in test_prompts:
             dropped["prompt is in test"] += 1
         elif fraction < val_share:
             splits["val"].append(pair)
-        elif fraction < val_share + test_share:
+        elif fraction < val_share + share_to_test:
             splits["test"].append(pair)
         else:
             splits["train"].append(pair)
@@ -344,9 +343,9 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
     sides: ("chosen", "rejected") for DPO, or ("chosen",) for supervised fine-tuning.
     reference_table (2, pairs of the data set) float32: what dpo.reference_logps returned, for DPO;
     or None.
-    grid_count: attention's rows stand in so many grids, each as wide as its longest row. With more
-    grids the rows of each are of more similar length: there is less padding, and there are more
-    calls.
+    grid_count: attention's rows stand in this many grids, each as wide as its longest row. With
+    more grids the rows of each are of more similar length: there is less padding, and there are
+    more calls.
     """
     line = []                      # arrays of ids: a prompt, its responses, the next prompt, ...
     positions = []                 # an array for each array in `line`
@@ -416,9 +415,10 @@ def make_grids(rows: list[np.ndarray], length: int,
     tokens fill 3 x 40 cells of one grid, but 2 x 3 and 1 x 40 cells of two. Padding is place 0: the
     model computes something there, and nothing reads it.
 
-    A prompt that stands in two rows has the same results in both, as no token sees what comes
-    later. So to_line takes those of one row. No gradient is lost by that: in both rows the prompt's
-    keys and values are copies of the same numbers in the line, and their gradients add up there.
+    A prompt stands in two rows. As no token sees what comes later, its results are the same in
+    both, and to_line takes those of one row. The copy in the other row is needed all the same: the
+    response there attends to its keys and values. In the backward pass both copies send their
+    gradients to the same place of the line, where they add up.
     """
     if count > 1:
         rows = sorted(rows, key=len)   # in any order: predicts and owner speak of the line
@@ -453,8 +453,8 @@ def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: in
     An epoch holds each pair once; its last update may have fewer pairs. The order is shuffled anew
     for each epoch, and follows from (seed, epoch) alone: so a resumed run sees the same batches.
     An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs:
-    so where these are several, the pairs of each are of like length, and attention's rows have less
-    padding. reference_table, sides, grid_count: see pack.
+    so the pairs of a micro-batch are of like length, and attention's rows have less padding.
+    reference_table, sides, grid_count: see pack.
     """
     updates_per_epoch = math.ceil(len(pairs) / batch_pairs)
     for update in itertools.count(start):
@@ -491,8 +491,8 @@ def micro_batches(pairs: list[TokenPair], indices: np.ndarray, micro_pairs: int,
         lengths.append(len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
     indices = indices[np.argsort(lengths, kind="stable")]
     for first in range(0, len(indices), micro_pairs):
-        some = indices[first:first + micro_pairs]
-        yield pack([pairs[index] for index in some], some, reference_table, sides, grid_count)
+        part = indices[first:first + micro_pairs]
+        yield pack([pairs[index] for index in part], part, reference_table, sides, grid_count)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 class GPT2Config:
     """The shape of a GPT-2, under the names of its config.json. The defaults are the 124M model.
 
-    Raises ValueError for a value of the wrong type, for one that is not above 0, and where n_head
-    does not divide n_embd.
+    Raises ValueError for a value of the wrong type, for one that is not above 0 or is absurdly
+    large, and where n_head does not divide n_embd.
     """
     n_layer: int = 12
     n_head: int = 12
@@ -45,11 +45,12 @@ class GPT2Config:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            has_type = type(value) is field.type       # isinstance would take True for an int
+            if type(value) is not field.type:          # isinstance would take True for an int
+                raise ValueError(f"{field.name} is {value!r}, expected {field.type.__name__}")
             # A config.json may come from anybody. An absurd number is refused here, by its name.
-            if not has_type or not 0 < value < 2**31:
-                raise ValueError(
-                    f"{field.name} is {value!r}, expected {field.type.__name__} above 0")
+            if not 0 < value < 2**31:
+                raise ValueError(f"{field.name} is {value}, expected a number above 0 and below "
+                                 f"{2**31}")
         if self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd is {self.n_embd}, expected a multiple of n_head, which is "
                              f"{self.n_head}")
@@ -276,8 +277,8 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
     #     after the second      a b 1 x . .     c d e f 1 .
     #     after the third       a b 1 2 . .     c d e f 1 2
     #
-    # A token sees the places up to its own. So the answer's tokens never see padding: each takes
-    # the place of the padding that it would see.
+    # A token sees the places up to its own. So no token of an answer sees padding: by its turn, the
+    # places before it hold the prompt and the answer's earlier tokens, which have overwritten x.
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
     tokens = torch.tensor(padded, device=device)                            # (R, T)
     positions = torch.arange(longest, device=device).expand(len(prompts), -1)
@@ -362,7 +363,8 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
     values[row, positions] = v.transpose(1, 2).to(values.dtype)
 
     places = torch.arange(keys.shape[1], device=x.device)          # (S,)
-    sees = places <= positions[:, None, :, None]                   # (R, 1, T, S)
+    own_place = positions[:, None, :, None]                        # (R, 1, T, 1)
+    sees = places <= own_place                                     # (R, 1, T, S), for all heads
     # Under autocast q may be of another dtype than the cache.
     all_k = keys.transpose(1, 2).to(q.dtype)                       # (R, H, S, D)
     all_v = values.transpose(1, 2).to(q.dtype)
@@ -375,8 +377,8 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
 #
 # An adapter is an MLP as GPT-2 has it, only narrower. Houlsby et al. 2019 (arXiv:1902.00751) put
 # adapters behind attention and behind the MLP. A parallel adapter stands beside the MLP (He et al.
-# 2022, arXiv:2110.04366). As ours has GPT-2's own form, both can be merged into one MLP after
-# training. A replacing adapter takes the MLP's place.
+# 2022, arXiv:2110.04366). As ours has GPT-2's own form, MLP and adapter can be merged into one
+# MLP after training. A replacing adapter takes the MLP's place.
 
 ADAPTERS = ("parallel", "replace", "none")
 ADAPTER_INITS = ("scratch", "pretrained")
@@ -483,7 +485,8 @@ def strongest_neurons(mlp: MLP, inputs: Tensor, width: int) -> MLP:
     small.c_fc.weight.copy_(mlp.c_fc.weight[kept])
     small.c_fc.bias.copy_(mlp.c_fc.bias[kept])
     small.c_proj.weight.copy_(columns[:, kept])
-    small.c_proj.bias.copy_(mlp.c_proj.bias + columns[:, others] @ values[:, others].mean(0))
+    mean_of_others = values[:, others].mean(0)                              # (n_inner - width,)
+    small.c_proj.bias.copy_(mlp.c_proj.bias + columns[:, others] @ mean_of_others)
     return small
 
 

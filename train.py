@@ -194,15 +194,16 @@ def train(config: Config) -> int:
     def dpo_loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
         logps = logps_of(model, batch)
         metrics = dpo.dpo_metrics(logps, batch.reference_logps, config.beta)
-        # Its loss is equation 7's. By the options, another one takes its place.
-        if config.loss != "sigmoid" or config.label_smoothing > 0:
-            metrics["loss"] = dpo.variant_loss(logps, batch.reference_logps, batch.response_lengths,
-                                               config.beta, config.loss, config.label_smoothing)
+        if config.loss == "sigmoid" and config.label_smoothing == 0:
+            loss = metrics["loss"]                     # equation 7
+        else:
+            loss = dpo.variant_loss(logps, batch.reference_logps, batch.response_lengths,
+                                    config.beta, config.loss, config.label_smoothing)
         if config.sft_coef > 0:
             chosen, _ = logps.chunk(2)
             chosen_lengths, _ = batch.response_lengths.chunk(2)
-            sft_loss = dpo.sft_loss(chosen, chosen_lengths)
-            metrics["loss"] = metrics["loss"] + config.sft_coef * sft_loss
+            loss = loss + config.sft_coef * dpo.sft_loss(chosen, chosen_lengths)
+        metrics["loss"] = loss
         return metrics
 
     # SFT: all weights learn to write like the chosen answers. With 0 epochs the model is only
@@ -344,9 +345,10 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         # updates and val_every 4, V for a validation and u for an update: V uuuu V uuuu V uuuu V.
         # The first one counts, too: so the best weights may be those that the stage began with.
         #
-        # A save holds all that came before it. A run that was killed goes on from its last save,
-        # and makes what came after it again, best weights among it. Where that save came after a
-        # validation, the run has validated this step already.
+        # A save follows each validation, and each save_every updates. A killed run goes on from its
+        # last save, and what came after that is simply done again: with the same numbers, so even
+        # best weights that were already written are written once more. `validated` tells which
+        # saves came after the validation of their step: it is not made twice.
         step = state.step
         due = step % val_every == 0 or step == total_steps
         if due and state.validated != step:
@@ -390,9 +392,12 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
             metrics["lr"] = lr
             state.window.append(metrics)
         if state.skipped_in_a_row == MAX_SKIPPED:
+            kept = f"the best weights so far are in {best_folder}"
+            if not math.isfinite(state.best_loss):
+                kept = "no validation had a finite loss, so no weights were kept"
             raise FloatingPointError(
                 f"{MAX_SKIPPED} updates in a row, up to number {state.step}, had no finite loss "
-                f"and gradient; the best weights so far are in {best_folder}; try a lower rate")
+                f"and gradient; {kept}; try a lower rate")
 
         # A line of the log: means over the updates since the last line. The time that is left
         # counts validations and saves, too.
@@ -618,7 +623,8 @@ def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimize
     best/. It gets its name only when it is whole.
 
     No state of a random generator is among it: the order of the pairs follows from seed and step,
-    and nothing else in fit depends on random numbers.
+    and nothing else in fit depends on random numbers. (A resumed run draws its adapters anew, and
+    fit then loads the saved ones over them.)
     """
     trained = {}
     for name, parameter in model.named_parameters():

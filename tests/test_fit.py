@@ -346,6 +346,14 @@ def test_too_many_skips_in_a_row_end_the_run_and_name_the_checkpoint(tmp_path, m
     assert found.state.skipped == 4
 
 
+def test_without_a_finite_validation_the_error_names_no_weights(tmp_path, monkeypatch, given):
+    monkeypatch.setattr(train, "MAX_SKIPPED", 3)
+    given([math.nan] * 9)
+    with pytest.raises(FloatingPointError, match="no validation had a finite loss, so no weights"):
+        fit(tmp_path, (1, 2, 3))
+    assert not (tmp_path / "best").exists()
+
+
 def test_skips_are_counted_across_a_stop(tmp_path, monkeypatch):
     """Two skips before it, one after: last.pt is of update 7, and update 8 is the third."""
     monkeypatch.setattr(train, "MAX_SKIPPED", 3)
