@@ -369,6 +369,9 @@ def train_epoch(model: nn.Module, batches: list, beta: float = 0.1,
     number the pairs of all batches from 0.
     peak: the highest learning rate.
 
+    Call this once: a second call would take the trained model as its reference. For three passes
+    over the pairs, give batches * 3.
+
     Returns what train_step returned for each update. The model stays in eval mode. train.py does
     more: validation, early stopping, saves, and packed batches, which are faster.
     """

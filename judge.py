@@ -165,8 +165,7 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
 
     An answer in the file counts if it is of the same weights and was sampled with the same
     settings. What is missing is sampled in blocks. The seed of a block is sampling.seed plus the
-    number of answers that the model has by then (0, then 32, then 64, ...): so each block draws
-    random numbers of its own.
+    number of answers that the model has by then: so each block draws random numbers of its own.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -331,7 +330,7 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     """Ask the person at the terminal which of two different answers is better: 1, 1/2 or 0.
 
     None if the person stops. No name is shown. One order is enough here, as it is random: a liking
-    for a position cancels out over many prompts. The same seed and prompt give the same order.
+    for a position favors neither model. The same seed and prompt give the same order.
     """
     # "replace": a lone surrogate, half a character as JSON may hold it, becomes "?".
     generator = random.Random(f"{seed} {prompt}".encode("utf-8", "replace"))
@@ -612,14 +611,14 @@ class Judge:
         # A word is nearly always one token or more. So if the server has read fewer tokens than the
         # question has words, it has cut the question, as some do where the context is too short.
         # Small cuts don't show.
-        told = prompt_tokens > 0
+        count_is_known = prompt_tokens > 0
         return {
             "judge": self.name,
             "model": body.get("model") or self.name,   # as the server calls it
             "question": question,
             "text": text,
             "letter": letter,
-            "question_cut": told and prompt_tokens < len(question.split()),
+            "question_cut": count_is_known and prompt_tokens < len(question.split()),
         }
 
     def fault(self, response: requests.Response) -> OSError:
@@ -732,7 +731,7 @@ def doubts(agreement: dict, rates: list[dict]) -> list[str]:
     letter_a = [rate["letter A"] for rate in rates if rate["letter A"] is not None]
 
     found = []
-    # With 100 prompts, the rate must be 0.60 for an interval that lies above 0.5.
+    # With 100 prompts, the rate must be 0.60: 0.5 + 1.96 * sqrt(0.5 * 0.5 / 100) is 0.598.
     if agreement["rate"] is None or agreement["low"] <= 0.5:
         found.append("the judge's agreement with people is not better than a coin's, as far as the "
                      "interval of chosen against rejected tells")
@@ -786,15 +785,17 @@ def answer_logp(gpt2: model.GPT2, answer: Answer) -> float:
 def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     """KL(tuned || SFT) in nats per answer, with its 95% interval, as a text: "3.21 +- 0.40".
 
-    It tells how far DPO took the model from its reference. (The objective from which DPO's loss is
-    derived is mean reward - beta * KL.) By definition it is the expectation of
+    It tells how far DPO took the model from its reference: by definition it is the expectation of
 
         log p_tuned(answer | prompt) - log p_sft(answer | prompt)
 
-    over prompts, and over the tuned model's answers to them. (This difference times beta is DPO's
-    implicit reward.) The mean over sampled answers estimates it, if the answers are sampled from
-    p_tuned itself: at temperature 1 and top_p 1. From a single answer there is no interval. Compare
-    KLs only at the same limit to the length of answers: long answers have more room to differ.
+    over prompts, and over the tuned model's answers to them. The mean over sampled answers
+    estimates it, if the answers are sampled from p_tuned itself: at temperature 1 and top_p 1. From
+    a single answer there is no interval. Compare KLs only at the same limit to the length of
+    answers: long answers have more room to differ.
+
+    The objective from which DPO's loss is derived is mean reward - beta * KL. The difference above,
+    times beta, is DPO's implicit reward.
     """
     logps = {}
     for name in ("tuned", "sft"):
