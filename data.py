@@ -68,7 +68,7 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
     """The dialogues of one question and one answer in a JSONL file, and what became of its rows.
 
     Dialogues of several turns are dropped: one question and one answer is what this project is
-    about. About three in ten of hh-rlhf's rows are of this kind.
+    about. About three in ten of hh-rlhf's rows are kept.
 
     The file may be plain or .gz. Each line is an object with the strings "chosen" and "rejected".
     These are whole dialogues, as in hh-rlhf; or, where there is a third string "prompt", only the
@@ -264,7 +264,7 @@ class PaddedBatch(NamedTuple):
     """B pairs in 2B rows, each a prompt, then a response, then padding."""
     tokens: Tensor                 # (2B, T) int64
     mask: Tensor                   # (2B, T) bool: True on the response
-    indices: Tensor                # (B,) int64: the pairs' places in the data set
+    indices: Tensor                # (B,) int64: the pairs' numbers in the data set
 
     def to(self, device: torch.device | str) -> "PaddedBatch":
         """The same batch on a device."""
@@ -272,7 +272,7 @@ class PaddedBatch(NamedTuple):
 
 
 def pad(pairs: list[TokenPair], indices: Sequence[int]) -> PaddedBatch:
-    """The plain batch of these pairs, whose places in the data set are `indices` (B,).
+    """The plain batch of these pairs, whose numbers in the data set are `indices` (B,).
 
     >>> batch = pad([TokenPair([10, 11], [20, 21, 99], [30, 99])], indices=[7])
     >>> batch.tokens
@@ -317,7 +317,7 @@ class PackedBatch(NamedTuple):
     targets: Tensor                # (M,) the ids that are predicted there
     owner: Tensor                  # (M,) the response, 0 to 2B - 1, to which the target belongs
     response_lengths: Tensor       # (2B,) how many tokens each response has
-    indices: Tensor                # (B,) the pairs' places in the data set
+    indices: Tensor                # (B,) the pairs' numbers in the data set
     reference_logps: Tensor        # (2B,) float32, in nats; nan before the reference was asked
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -338,7 +338,7 @@ class PackedBatch(NamedTuple):
 
 def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor | None = None,
          sides: tuple[str, ...] = SIDES, grid_count: int = 1) -> PackedBatch:
-    """The PackedBatch of these pairs, whose places in the data set are `indices` (B,).
+    """The PackedBatch of these pairs, whose numbers in the data set are `indices` (B,).
 
     sides: ("chosen", "rejected") for DPO, or ("chosen",) for supervised fine-tuning.
     reference_table (2, pairs of the data set) float32: what dpo.reference_logps returned, for DPO;

@@ -13,8 +13,8 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 The letters in the shapes: B pairs, R rows, T tokens of a row, V tokens of the vocabulary.
 
 This file needs torch alone, so it can be copied. A batch may be any object that has `indices` (B,):
-where its pairs stand in the data set. (train_epoch also reads `tokens` and `mask`.) Only section 5
-needs the packed batches of data.py, and the GPT2 of model.py.
+the numbers of its pairs in the data set. (train_epoch also reads `tokens` and `mask`.) Only section
+5 needs the packed batches of data.py, and the GPT2 of model.py.
 """
 
 import math
@@ -121,8 +121,8 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
         def logps_of(model, batch):
             return sequence_logps(model, batch.tokens, batch.mask)
 
-    batches: of the pairs of the data set; batch.indices (B,) int64 are the pairs' places in it, 0
-    to pair_count - 1. A pair that is in no batch gets nan, which check_start would refuse.
+    batches: of the pairs of the data set; batch.indices (B,) int64 are the pairs' numbers in it, 0
+    to pair_count - 1. A pair that is in no batch gets nan, so its loss would be nan, too.
     """
     table = torch.full((2, pair_count), math.nan)
     for batch in batches:
@@ -182,7 +182,7 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     Wilson 1927 (JASA 22, p. 209). DPO does without it, but whoever reports an accuracy should not.
     The usual mean +- 1.96 standard errors has no width where all samples agree; this interval still
     has some, as two of two is no proof. Its ends are the two shares p from which the mean is 1.96
-    of p's own standard errors, sqrt(p * (1 - p) / count), away: a quadratic equation in p.
+    of p's own standard errors away, sqrt(p * (1 - p) / count) each.
 
     A sample may also be a score between 0 and 1, such as 1/2 for a tie. Such scores vary less than
     zeros and ones with the same mean, so the interval is then wider than it need be. Raises
@@ -196,11 +196,13 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
         raise ValueError(f"a mean of {mean} over {count} samples: expected a mean from 0 to 1, "
                          f"over at least one sample")
     z = 1.959964                                       # 95% of a normal distribution lie within z
-    scale = 1 + z**2 / count
-    center = (mean + z**2 / (2 * count)) / scale
-    half_width = z * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2)) / scale
-    # Only rounding can push an end out of [0, 1].
-    return max(0.0, center - half_width), min(1.0, center + half_width)
+    # (mean - p)**2 = z**2 * p * (1 - p) / count is a * p**2 - 2 * b * p + mean**2 = 0 with
+    a = 1 + z**2 / count
+    b = mean + z**2 / (2 * count)
+    root = math.sqrt(max(0.0, b**2 - a * mean**2))     # rounding could make a 0 negative
+    low = (b - root) / a
+    high = (b + root) / a
+    return max(0.0, low), min(1.0, high)               # only rounding can push one out of [0, 1]
 
 
 # 4. Training ------------------------------------------------------------------------------------
@@ -385,7 +387,8 @@ def train_epoch(model: nn.Module, batches: list, beta: float = 0.1,
     reference_table = reference_table.to(batches[0].tokens.device)
 
     def reference_of(batch: object) -> Tensor:
-        chosen, rejected = reference_table[:, batch.indices]                   # (B,) each
+        chosen = reference_table[0, batch.indices]                             # (B,)
+        rejected = reference_table[1, batch.indices]                           # (B,)
         return torch.cat([chosen, rejected])                                   # (2B,)
 
     def loss_function(model: nn.Module, batch: object) -> dict[str, Tensor]:
@@ -526,9 +529,10 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     hidden = hidden.index_select(0, batch.predicts)    # (N, C) -> (M, C): what predicts a response
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
 
-    # Against rounding. GPT-2's logits lie near -100, where bfloat16's steps are 0.5; near 0 the
-    # steps are fine. A softmax stays the same if all its logits are moved by the same number. So we
-    # subtract from each prediction's logits, h . head[token], their mean, h . mean_row:
+    # Against rounding; skip it at first reading. GPT-2's logits lie near -100, where bfloat16's
+    # steps are 0.5; near 0 the steps are fine. A softmax stays the same if all its logits are moved
+    # by the same number. So we subtract from each prediction's logits, h . head[token], their mean,
+    # h . mean_row:
     #
     #     h . head[token] - h . mean_row  =  h . (head[token] - mean_row)
     #

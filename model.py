@@ -3,9 +3,10 @@
 Read from top to bottom:
 
 1. the model           GPT2Config, CausalSelfAttention, MLP, Block, GPT2
-2. generation          answers to prompts, with a KV cache
-3. adapters            small MLPs beside GPT-2's own MLPs, or in their place
-4. files               OpenAI's weights, as the Hugging Face hub has them, and back
+2. packed rows         attention for packed batches, which save time in training
+3. generation          answers to prompts, with a KV cache
+4. adapters            small MLPs beside GPT-2's own MLPs, or in their place
+5. files               OpenAI's weights, as the Hugging Face hub has them, and back
 
 Needs torch, and numpy for reading and writing files. The letters in the shapes: R rows, T tokens of
 a row, N tokens of a packed batch, C width (n_embd), H heads, D width of a head (C / H), V tokens
@@ -91,25 +92,6 @@ class CausalSelfAttention(nn.Module):
         v = v.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         return q, k, v
 
-    def packed(self, x: Tensor, to_rows: tuple[Tensor, ...], to_line: Tensor) -> Tensor:
-        """The same for a packed batch, see GPT2.packed_hidden: (N, C) -> (N, C).
-
-        Gather the rows of each grid from the line of tokens, qkv[grid]; attend in the rows; take
-        the results back to the line, y[to_line].
-        """
-        qkv = self.c_attn(x)                                           # (N, 3C): each token once
-        results = []
-        for grid in to_rows:
-            in_rows = qkv.index_select(0, grid.flatten())              # (R * T, 3C)
-            in_rows = in_rows.unflatten(0, grid.shape)                 # (R, T, 3C)
-            q, k, v = self.heads(in_rows)                              # (R, H, T, D) each
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            y = y.transpose(1, 2).flatten(2)                           # (R, T, C)
-            results.append(y.flatten(0, 1))                            # (R * T, C)
-        y = torch.cat(results)                                         # (all cells, C)
-        y = y.index_select(0, to_line)                                 # (N, C)
-        return self.c_proj(y)
-
 
 class MLP(nn.Module):
     """Two linear layers with GELU, in its tanh form, between them: C -> n_inner -> C."""
@@ -182,24 +164,6 @@ class GPT2(nn.Module):
         """The head: (..., C) -> (..., V). Its weights are those of the embedding ("tied")."""
         return F.linear(x, self.wte.weight)
 
-    def packed_hidden(self, tokens: Tensor, positions: Tensor, to_rows: tuple[Tensor, ...],
-                      to_line: Tensor) -> Tensor:
-        """What the head reads, the last hidden states, for a packed batch: (N, C).
-
-        dpo.packed_logps shows such a batch with its numbers.
-
-        tokens (N,) int64: one line of tokens. positions (N,) int64: of each token in its row.
-        to_rows: (R, T) int64 each, grids of rows; to_rows[g][r, t] says which of the N tokens is
-        the t-th of row r. A prompt's tokens stand in a row for each response. Padding, on the right
-        of a row, is any token: the real tokens of the row don't see it.
-        to_line (N,) int64: where a token's result is found, among the R * T cells of all grids.
-        """
-        x = self.wte(tokens) + self.wpe(positions)     # (N, C)
-        for block in self.h:                           # as in Block.forward
-            x = x + block.attn.packed(block.ln_1(x), to_rows, to_line)
-            x = x + block.mlp(block.ln_2(x))
-        return self.ln_f(x)
-
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path,
                         dtype: torch.dtype = torch.float32) -> "GPT2":
@@ -223,6 +187,24 @@ class GPT2(nn.Module):
                              f"is damaged, delete it") from error
         return model
 
+    def packed_hidden(self, tokens: Tensor, positions: Tensor, to_rows: tuple[Tensor, ...],
+                      to_line: Tensor) -> Tensor:
+        """The last hidden states, which the head reads, for a packed batch: (N, C).
+
+        dpo.packed_logps shows such a batch with its numbers.
+
+        tokens (N,) int64: one line of tokens. positions (N,) int64: of each token in its row.
+        to_rows: (R, T) int64 each, grids of rows; to_rows[g][r, t] says which of the N tokens is
+        the t-th of row r. A prompt's tokens stand in a row for each response. Padding, on the right
+        of a row, is any token: the real tokens of the row don't see it.
+        to_line (N,) int64: where a token's result is found, among the R * T cells of all grids.
+        """
+        x = self.wte(tokens) + self.wpe(positions)                    # (N, C)
+        for block in self.h:
+            x = x + packed_attention(block.attn, block.ln_1(x), to_rows, to_line)
+            x = x + block.mlp(block.ln_2(x))
+        return self.ln_f(x)
+
 
 def initialize(module: nn.Module, n_layer: int) -> None:
     """GPT-2's random start: normal with deviation 0.02, biases 0, LayerNorms as PyTorch makes them.
@@ -239,7 +221,36 @@ def initialize(module: nn.Module, n_layer: int) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
-# 2. Generation ----------------------------------------------------------------------------------
+# 2. Packed rows ---------------------------------------------------------------------------------
+#
+# Attention is the only place where tokens meet. So tokens that stand in another form than plain
+# rows need another attention, and nothing else. There are two such forms: packed batches, which
+# save time in training, and rows with a cache, in section 3. Their loops over the blocks repeat
+# Block.forward, with this attention in the place of its own.
+
+
+def packed_attention(attn: CausalSelfAttention, x: Tensor, to_rows: tuple[Tensor, ...],
+                     to_line: Tensor) -> Tensor:
+    """Attention for a packed batch, see GPT2.packed_hidden: (N, C) -> (N, C).
+
+    Gather the rows of each grid from the line of tokens, qkv[grid]; attend in the rows; take the
+    results back to the line, y[to_line].
+    """
+    qkv = attn.c_attn(x)                                           # (N, 3C): each token once
+    results = []
+    for grid in to_rows:
+        in_rows = qkv.index_select(0, grid.flatten())              # (R * T, 3C)
+        in_rows = in_rows.unflatten(0, grid.shape)                 # (R, T, 3C)
+        q, k, v = attn.heads(in_rows)                              # (R, H, T, D) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = y.transpose(1, 2).flatten(2)                           # (R, T, C)
+        results.append(y.flatten(0, 1))                            # (R * T, C)
+    y = torch.cat(results)                                         # (all cells, C)
+    y = y.index_select(0, to_line)                                 # (N, C)
+    return attn.c_proj(y)
+
+
+# 3. Generation ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -342,7 +353,7 @@ def cached_hidden(model: GPT2, tokens: Tensor, positions: Tensor, keys: Tensor,
     keys, values (n_layer, R, S, H, D): the KV cache, of all layers.
     """
     x = model.wte(tokens) + model.wpe(positions)
-    for layer, block in enumerate(model.h):            # as in Block.forward
+    for layer, block in enumerate(model.h):
         attended = cached_attention(block.attn, block.ln_1(x), positions, keys[layer],
                                     values[layer])
         x = x + attended
@@ -373,7 +384,7 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
     return attn.c_proj(y)
 
 
-# 3. Adapters ------------------------------------------------------------------------------------
+# 4. Adapters ------------------------------------------------------------------------------------
 #
 # An adapter is an MLP as GPT-2 has it, only narrower. Houlsby et al. 2019 (arXiv:1902.00751) put
 # adapters behind attention and behind the MLP. A parallel adapter stands beside the MLP (He et al.
@@ -530,7 +541,7 @@ def merged_mlp(mlp: MLP, adapter: MLP) -> MLP:
     return merged
 
 
-# 4. Files ---------------------------------------------------------------------------------------
+# 5. Files ---------------------------------------------------------------------------------------
 #
 # Nothing here is about DPO. One calls `GPT2.from_pretrained` and `save_pretrained`; train.py also
 # writes its own files by `write_whole`.

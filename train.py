@@ -346,9 +346,9 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         # The first one counts, too: so the best weights may be those that the stage began with.
         #
         # A save follows each validation, and each save_every updates. A killed run goes on from its
-        # last save, and what came after that is simply done again: with the same numbers, so even
-        # best weights that were already written are written once more. `validated` tells which
-        # saves came after the validation of their step: it is not made twice.
+        # last save, and does what came after that once more, with the same numbers. Say that both
+        # are due after update 100: save, validation, save. A run that was killed between the saves
+        # has to validate when it goes on. After the second save it has not: `validated` is 100.
         step = state.step
         due = step % val_every == 0 or step == total_steps
         if due and state.validated != step:
