@@ -9,12 +9,13 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
                        train_epoch puts all of it together, for a model of your own
 5. faster              the same log-probabilities without the arithmetic that padding wastes
 6. variants            other losses that have been proposed since
+7. less memory         the last step of section 5, with its derivatives by hand
 
 The letters in the shapes: B pairs, R rows, T tokens of a row, V tokens of the vocabulary.
 
 This file needs torch alone, so it can be copied. A batch may be any object that has `indices` (B,):
-the numbers of its pairs in the data set. (train_epoch also reads `tokens` and `mask`.) Only section
-5 needs the packed batches of data.py, and the GPT2 of model.py.
+the numbers of its pairs in the data set. (train_epoch also reads `tokens` and `mask`.) Only
+packed_logps needs the packed batches of data.py, and the GPT2 of model.py.
 """
 
 import math
@@ -541,35 +542,106 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     mean_row = head.detach().mean(0)                   # (C,)
     head = head - mean_row
 
-    # Autocast does not reach into the backward pass that TargetLogps has of its own. So what it
-    # gets, and keeps for that pass, has autocast's format already: else its products would be in
-    # float32, and slow.
+    # TargetLogps has a backward pass of its own, into which autocast does not reach. So what it gets,
+    # and keeps for that pass, has autocast's format already: else its products would be in float32,
+    # and slow.
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         hidden = hidden.to(torch.get_autocast_dtype(device_type))
         head = head.to(hidden.dtype)
 
-    logps = TargetLogps.apply(hidden, head, batch.targets, piece)            # (M,)
+    # The log p of each target, (M,). TargetLogps is these three lines, with less memory:
+    #
+    #     logits = at_least_float32(head @ hidden.T)                           # (V, M)
+    #     log_softmax = logits.log_softmax(0)                                  # (V, M)
+    #     logps = log_softmax.gather(0, batch.targets[None, :]).squeeze(0)     # (M,)
+    #
+    # (A column for each prediction, not a row: this product is faster on CPUs.)
+    logps = TargetLogps.apply(hidden, head, batch.targets, piece)
     totals = logps.new_zeros(len(batch.response_lengths))                     # (2B,)
     return totals.index_add(0, batch.owner, logps)     # each response's sum over its tokens
+
+
+# 6. Variants of the loss ------------------------------------------------------------------------
+
+VARIANTS = ("sigmoid", "robust", "ipo", "hinge", "sigmoid_norm")
+USES_SMOOTHING = ("sigmoid", "robust")                 # those that have a use for label_smoothing
+
+
+def variant_loss(policy_logps: Tensor, reference_logps: Tensor, response_lengths: Tensor,
+                 beta: float, variant: str, label_smoothing: float = 0.0) -> Tensor:
+    """The loss of each pair, (B,), in the form that others have proposed, under trl's names.
+
+    policy_logps, reference_logps (2B,): in nats, chosen first. response_lengths (2B,) int64: of
+    each response in tokens, for the variants that take means over tokens. label_smoothing: the
+    share of labels that are believed to be wrong. Raises ValueError for options that check_variant
+    refuses.
+    """
+    check_variant(variant, label_smoothing)
+    chosen_logratio, rejected_logratio = (policy_logps - reference_logps).chunk(2)     # (B,) each
+    margin = beta * (chosen_logratio - rejected_logratio)         # the difference of the rewards
+    chosen_lengths, rejected_lengths = response_lengths.chunk(2)
+    chosen_mean = chosen_logratio / chosen_lengths                # over tokens: nats a token
+    rejected_mean = rejected_logratio / rejected_lengths
+
+    if variant == "sigmoid":
+        # Without label_smoothing this is dpo_loss, equation 7. With it, it is the conservative DPO
+        # of Mitchell 2023: the loss is lowest where sigmoid(margin) is 1 - label_smoothing, so a
+        # margin doesn't grow without end.
+        right = -F.logsigmoid(margin)
+        wrong = -F.logsigmoid(-margin)
+        return (1 - label_smoothing) * right + label_smoothing * wrong
+
+    if variant == "robust":
+        # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share e = label_smoothing of the labels
+        # is wrong, the mean of this loss is what equation 7 would give with right labels: a wrong
+        # label swaps right and wrong, so in the mean over labels
+        #     (1 - e) * ((1 - e) * right - e * wrong) + e * ((1 - e) * wrong - e * right)
+        #         = ((1 - e)**2 - e**2) * right  =  (1 - 2 * e) * right
+        # which is then divided by 1 - 2 * e.
+        right = -F.logsigmoid(margin)
+        wrong = -F.logsigmoid(-margin)
+        return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+
+    if variant == "ipo":
+        # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the log-ratios has a
+        # goal, 1 / (2 beta), in place of growing without end. The paper has sums over tokens. Like
+        # trl, we take means, so the goal is in nats a token here.
+        return (chosen_mean - rejected_mean - 1 / (2 * beta)) ** 2
+
+    if variant == "hinge":
+        # Liu et al. 2023 (arXiv:2309.06657): the hinge loss of SLiC on DPO's rewards.
+        return F.relu(1 - margin)
+
+    assert variant == "sigmoid_norm", variant
+    # Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in place of sums,
+    # against the bias to long responses.
+    return -F.logsigmoid(beta * (chosen_mean - rejected_mean))
+
+
+def check_variant(variant: str, label_smoothing: float) -> None:
+    """Raises ValueError for an unknown variant, and for a label_smoothing that it can't use."""
+    if variant not in VARIANTS:
+        raise ValueError(f"the variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 or more, below 0.5")
+    if label_smoothing > 0 and variant not in USES_SMOOTHING:
+        raise ValueError(f"label_smoothing is {label_smoothing}, but the variant {variant} has no "
+                         f"use for it: expected {' or '.join(USES_SMOOTHING)}")
+
+
+# 7. Less memory for packed_logps ----------------------------------------------------------------
 
 
 class TargetLogps(torch.autograd.Function):
     """log p of each target token, (M,), without keeping logits for the backward pass.
 
-    hidden (M, C), head (V, C), targets (M,) int64. Logits exist for `piece` predictions at a
-    time. Apart from memory, this equals three lines. Read them in its place, and skip the
-    rest of this class at first reading:
+    hidden (M, C), head (V, C), targets (M,) int64. Logits exist for `piece` predictions at a time.
 
-        logits = at_least_float32(head @ hidden.T)                     # (V, M)
-        log_softmax = logits.log_softmax(0)                            # (V, M)
-        logps = log_softmax.gather(0, targets[None, :]).squeeze(0)     # (M,)
-
-    (A column for each prediction, not a row: this product is faster on CPUs.)
-
-    autograd would keep all V x M numbers of log_softmax for these lines. Here the derivatives are
-    made piece by piece. The derivative of log p(target) by the logits is known from cross-entropy:
-    one_hot(target) - softmax. Call it d_logits. Through the product head @ h.T it becomes two:
+    For the three lines in packed_logps autograd would keep all V x M numbers of log_softmax. Here
+    the derivatives are made piece by piece. The derivative of log p(target) by the logits is known
+    from cross-entropy: one_hot(target) - softmax. Call it d_logits. Through the product head @ h.T
+    it becomes two:
 
         by h       d_logits.T @ head      (piece, V) @ (V, C): a row for each prediction
         by head    d_logits @ h           (V, piece) @ (piece, C): a sum over predictions
@@ -644,71 +716,3 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)                             # without memory for the product
     else:
         total += a @ b
-
-
-# 6. Variants of the loss ------------------------------------------------------------------------
-
-VARIANTS = ("sigmoid", "robust", "ipo", "hinge", "sigmoid_norm")
-USES_SMOOTHING = ("sigmoid", "robust")                 # those that have a use for label_smoothing
-
-
-def variant_loss(policy_logps: Tensor, reference_logps: Tensor, response_lengths: Tensor,
-                 beta: float, variant: str, label_smoothing: float = 0.0) -> Tensor:
-    """The loss of each pair, (B,), in the form that others have proposed, under trl's names.
-
-    policy_logps, reference_logps (2B,): in nats, chosen first. response_lengths (2B,) int64: of
-    each response in tokens, for the variants that take means over tokens. label_smoothing: the
-    share of labels that are believed to be wrong. Raises ValueError for options that check_variant
-    refuses.
-    """
-    check_variant(variant, label_smoothing)
-    chosen_logratio, rejected_logratio = (policy_logps - reference_logps).chunk(2)     # (B,) each
-    margin = beta * (chosen_logratio - rejected_logratio)         # the difference of the rewards
-    chosen_lengths, rejected_lengths = response_lengths.chunk(2)
-    chosen_mean = chosen_logratio / chosen_lengths                # over tokens: nats a token
-    rejected_mean = rejected_logratio / rejected_lengths
-
-    if variant == "sigmoid":
-        # Without label_smoothing this is dpo_loss, equation 7. With it, it is the conservative DPO
-        # of Mitchell 2023: the loss is lowest where sigmoid(margin) is 1 - label_smoothing, so a
-        # margin doesn't grow without end.
-        right = -F.logsigmoid(margin)
-        wrong = -F.logsigmoid(-margin)
-        return (1 - label_smoothing) * right + label_smoothing * wrong
-
-    if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share e = label_smoothing of the labels
-        # is wrong, the mean of this loss is what equation 7 would give with right labels: a wrong
-        # label swaps right and wrong, so in the mean over labels
-        #     (1 - e) * ((1 - e) * right - e * wrong) + e * ((1 - e) * wrong - e * right)
-        #         = ((1 - e)**2 - e**2) * right  =  (1 - 2 * e) * right
-        # which is then divided by 1 - 2 * e.
-        right = -F.logsigmoid(margin)
-        wrong = -F.logsigmoid(-margin)
-        return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
-
-    if variant == "ipo":
-        # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the log-ratios has a
-        # goal, 1 / (2 beta), in place of growing without end. The paper has sums over tokens. Like
-        # trl, we take means, so the goal is in nats a token here.
-        return (chosen_mean - rejected_mean - 1 / (2 * beta)) ** 2
-
-    if variant == "hinge":
-        # Liu et al. 2023 (arXiv:2309.06657): the hinge loss of SLiC on DPO's rewards.
-        return F.relu(1 - margin)
-
-    assert variant == "sigmoid_norm", variant
-    # Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in place of sums,
-    # against the bias to long responses.
-    return -F.logsigmoid(beta * (chosen_mean - rejected_mean))
-
-
-def check_variant(variant: str, label_smoothing: float) -> None:
-    """Raises ValueError for an unknown variant, and for a label_smoothing that it can't use."""
-    if variant not in VARIANTS:
-        raise ValueError(f"the variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 or more, below 0.5")
-    if label_smoothing > 0 and variant not in USES_SMOOTHING:
-        raise ValueError(f"label_smoothing is {label_smoothing}, but the variant {variant} has no "
-                         f"use for it: expected {' or '.join(USES_SMOOTHING)}")
