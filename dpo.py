@@ -542,9 +542,9 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     mean_row = head.detach().mean(0)                   # (C,)
     head = head - mean_row
 
-    # TargetLogps has a backward pass of its own, into which autocast does not reach. So what it gets,
-    # and keeps for that pass, has autocast's format already: else its products would be in float32,
-    # and slow.
+    # TargetLogps has a backward pass of its own, into which autocast does not reach. So what it
+    # gets, and keeps for that pass, has autocast's format already: else its products would be in
+    # float32, and slow.
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         hidden = hidden.to(torch.get_autocast_dtype(device_type))
@@ -639,9 +639,9 @@ class TargetLogps(torch.autograd.Function):
     hidden (M, C), head (V, C), targets (M,) int64. Logits exist for `piece` predictions at a time.
 
     For the three lines in packed_logps autograd would keep all V x M numbers of log_softmax. Here
-    the derivatives are made piece by piece. The derivative of log p(target) by the logits is known
-    from cross-entropy: one_hot(target) - softmax. Call it d_logits. Through the product head @ h.T
-    it becomes two:
+    the derivatives are made piece by piece. The derivative of log p(target) by the logits is known,
+    as that of cross-entropy is: one_hot(target) - softmax. Call it d_logits. Through the product
+    head @ h.T it becomes two:
 
         by h       d_logits.T @ head      (piece, V) @ (V, C): a row for each prediction
         by head    d_logits @ h           (V, piece) @ (piece, C): a sum over predictions

@@ -364,9 +364,8 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     Verdicts without a score are counted as "unreadable", and left out of the rate. "rate", "low"
     and "high" are None without verdicts, and for a judge that was asked and could never be read.
     "letter A" is the share of A among the judge's letters, where it gave both. A judge that goes by
-    the answers alone says A in one order and B in the other, so it has 1/2 there. Wilson's interval
-    is made for scores of 0 and 1. With draws, scores vary less, so the interval is then wider than
-    it need be.
+    the answers alone says A in one order and B in the other, so it has 1/2 there. For the
+    interval with draws see dpo.wilson_interval.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -731,7 +730,8 @@ def doubts(agreement: dict, rates: list[dict]) -> list[str]:
     letter_a = [rate["letter A"] for rate in rates if rate["letter A"] is not None]
 
     found = []
-    # With 100 prompts, the rate must be 0.60: 0.5 + 1.96 * sqrt(0.5 * 0.5 / 100) is 0.598.
+    # Wilson's interval lies above 0.5 just when the rate is above 0.5 + 1.96 * sqrt(0.25 / count).
+    # With 100 prompts that is 0.598.
     if agreement["rate"] is None or agreement["low"] <= 0.5:
         found.append("the judge's agreement with people is not better than a coin's, as far as the "
                      "interval of chosen against rejected tells")
