@@ -586,7 +586,7 @@ def lock(file: BinaryIO, wait: bool = True) -> bool:
 
 
 # train.py writes a run's folder, judge.py reads it. Both need these two, so they stand here.
-RUN_FORMAT = 4                     # of a run's folder, in case a later edition changes it
+RUN_FORMAT = 5                     # of a run's folder, in case a later edition changes it
 
 
 def read_run(folder: str | Path) -> dict:

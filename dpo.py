@@ -6,7 +6,7 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 2. what goes into it   log-probabilities of responses, by the policy and by the reference
 3. what one watches    rewards, margins, accuracy, and an interval for it
 4. training            the learning rate, one update, one validation, the check before the start;
-                       train_epoch puts all of it together, for a model of your own
+                       train_dpo puts all of it together, for a model of your own
 5. faster              the same log-probabilities without the arithmetic that padding wastes
 6. variants            other losses that have been proposed since
 7. less memory         the last step of section 5, with its derivatives by hand
@@ -14,7 +14,7 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 The letters in the shapes: B pairs, R rows, T tokens of a row, V tokens of the vocabulary.
 
 This file needs torch alone, so it can be copied. A batch may be any object that has `indices` (B,):
-the numbers of its pairs in the data set. (train_epoch also reads `tokens` and `mask`.) Only
+the numbers of its pairs in the data set. (train_dpo also reads `tokens` and `mask`.) Only
 packed_logps needs the packed batches of data.py, and the GPT2 of model.py.
 """
 
@@ -182,8 +182,8 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
 
     Wilson 1927 (JASA 22, p. 209). DPO does without it, but whoever reports an accuracy should not.
     The usual mean +- 1.96 standard errors has no width where all samples agree; this interval still
-    has some, as two of two is no proof. Its ends are the two shares p from which the mean is 1.96
-    of p's own standard errors away, sqrt(p * (1 - p) / count) each.
+    has some, as two of two is no proof. The formula is in any textbook, and on Wikipedia under
+    "Binomial proportion confidence interval".
 
     A sample may also be a score between 0 and 1, such as 1/2 for a tie. Such scores vary less than
     zeros and ones with the same mean, so the interval is then wider than it need be. Raises
@@ -197,13 +197,11 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
         raise ValueError(f"a mean of {mean} over {count} samples: expected a mean from 0 to 1, "
                          f"over at least one sample")
     z = 1.959964                                       # 95% of a normal distribution lie within z
-    # (mean - p)**2 = z**2 * p * (1 - p) / count is a * p**2 - 2 * b * p + mean**2 = 0 with
-    a = 1 + z**2 / count
-    b = mean + z**2 / (2 * count)
-    root = math.sqrt(max(0.0, b**2 - a * mean**2))     # rounding could make a 0 negative
-    low = (b - root) / a
-    high = (b + root) / a
-    return max(0.0, low), min(1.0, high)               # only rounding can push one out of [0, 1]
+    scale = 1 + z**2 / count
+    center = (mean + z**2 / (2 * count)) / scale
+    half_width = z * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2)) / scale
+    # Only rounding can push an end out of [0, 1].
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 # 4. Training ------------------------------------------------------------------------------------
@@ -336,9 +334,9 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
 
     "Equal" allows for rounding: the mean of |policy - reference| may be 4 * eps * the mean of
     |reference|, with float32's eps, 1.2e-7. For logps near -150 that is 0.00007 nats. It leaves
-    room for the last sum, which is in float32, and which some devices make in a changing order. All
-    that comes before it, in bfloat16 too, is rounded in the same way each time. Faults make far
-    larger differences. (4 is our choice; 2 or 10 would do as well.)
+    room for the sum over a response's tokens, which is in float32, and which some devices make in a
+    changing order. All that comes before it, in bfloat16 too, is rounded in the same way each time.
+    Faults make far larger differences. (4 is our choice; 2 or 10 would do as well.)
     """
     difference = (policy_logps - reference_logps).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference_logps.abs().mean().item()
@@ -350,9 +348,9 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
             f"for an adapter that is not the identity at first")
 
 
-def train_epoch(model: nn.Module, batches: list, beta: float = 0.1,
-                peak: float = 1e-5) -> list[dict[str, float]]:
-    """All of it together: DPO of a model of your own, with one update for each of the batches.
+def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.1,
+              peak: float = 1e-5) -> list[dict[str, float]]:
+    """All of it together: DPO of a model of your own, with an update for each batch of each epoch.
 
     model: from tokens (R, T) to logits (R, T, V), as the GPT2 of model.py is. A model of
     `transformers` returns more than logits, so it needs a wrapper:
@@ -365,15 +363,14 @@ def train_epoch(model: nn.Module, batches: list, beta: float = 0.1,
             def forward(self, tokens):
                 return self.model(tokens).logits
 
-        train_epoch(Logits(model), batches)
+        train_dpo(Logits(model), batches)
 
     batches: as data.pad makes them, on the model's device. Each has tokens and mask (2B, T), first
     the B rows of the chosen responses, then those of the rejected ones; and indices (B,), which
     number the pairs of all batches from 0.
     peak: the highest learning rate.
 
-    Call this once: a second call would take the trained model as its reference. For three passes
-    over the pairs, give batches * 3.
+    The reference is the model as it comes. So a second call would have another reference.
 
     Returns what train_step returned for each update. The model stays in eval mode. train.py does
     more: validation, early stopping, saves, and packed batches, which are faster.
@@ -399,9 +396,11 @@ def train_epoch(model: nn.Module, batches: list, beta: float = 0.1,
         check_start(logps_of(model, batches[0]), reference_of(batches[0]))
 
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)        # its lr is set below
+    total_steps = epochs * len(batches)
     history = []
-    for step, batch in enumerate(batches):
-        lr = cosine_lr(step, peak, warmup_steps=len(batches) // 10, total_steps=len(batches))
+    for step in range(total_steps):
+        batch = batches[step % len(batches)]                                   # in each epoch anew
+        lr = cosine_lr(step, peak, total_steps // 10, total_steps)
         optimizer.param_groups[0]["lr"] = lr
         metrics = train_step(model, [batch], optimizer, loss_function)         # one micro-batch
         history.append(metrics)
@@ -421,10 +420,11 @@ def train_epoch(model: nn.Module, batches: list, beta: float = 0.1,
 # In a packed batch the tokens stand in one line: each prompt once, then its two responses. Say a
 # prompt has 3 tokens (p), its chosen response 4 (c), and the rejected one 2 (r). The last token of
 # a response is left out of the line: it is predicted, but nothing is predicted from it. Padded rows
-# lose their last column alone, for the same reason. So a model reads
+# lose their last column alone, for the same reason. So a model reads, with x for the last token of
+# the rejected response and for padding, from which nothing is wanted:
 #
 #     padded rows    p p p c c c           one line    p p p c c c r
-#                    p p p r r .
+#                    p p p r x x
 #
 # Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and
 # computes none of these three things. Only attention needs rows, in which r doesn't see c. So
@@ -492,20 +492,14 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
             [5, 6, 0, 0]])
 
     Attention's results y (4, 4, C) go back to the line by y.flatten(0, 1)[to_line] (7, C): to_line
-    says for each place of the line which cell of the grid has its result. The cells are numbered
-    row by row:
-
-         0   1   2   3
-         4   .   .   .
-         8   9  10   .
-        12  13   .   .
-
-    Place 0, the token 10 of pair 0's prompt, is in the cells 0 and 8. Both have the same result, as
-    the prompt sees only itself. The later one is taken: 8 for place 0, 9 for place 1, and then 2
-    and 3 for the chosen response.
+    says for each place of the line in which cell it stands, of the grid's 16 cells, row by row. A
+    place of a prompt stands in two. Both have the same result, as a prompt sees only itself, and
+    the later one is taken: cell 8 for place 0, cell 9 for place 1.
 
     >>> batch.to_line
     tensor([ 8,  9,  2,  3, 10, 12, 13])
+    >>> batch.to_rows[0].flatten()[batch.to_line]      # to the rows and back: each place is itself
+    tensor([0, 1, 2, 3, 4, 5, 6])
 
     Each token of a response is predicted at one place: its first token at the prompt's last place,
     and the others at the response's own places. So place 1 predicts both 20 and 30. For each

@@ -124,7 +124,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019), with OpenAI's names of the weights.
+    """GPT-2 (Radford et al. 2019), with the names of the weights that the Hugging Face hub has.
 
     GPT-2 was pretrained with dropout. There is no dropout here, not even after train(): nothing
     random may stand between DPO's policy and its reference.
@@ -197,7 +197,8 @@ class GPT2(nn.Module):
         to_rows: (R, T) int64 each, grids of rows; to_rows[g][r, t] says which of the N tokens is
         the t-th of row r. A prompt's tokens stand in a row for each response. Padding, on the right
         of a row, is any token: the real tokens of the row don't see it.
-        to_line (N,) int64: where a token's result is found, among the R * T cells of all grids.
+        to_line (N,) int64: where a token's result is found, among the cells of all grids, which are
+        numbered row by row, grid after grid.
         """
         x = self.wte(tokens) + self.wpe(positions)                    # (N, C)
         for block in self.h:
@@ -207,7 +208,7 @@ class GPT2(nn.Module):
 
 
 def initialize(module: nn.Module, n_layer: int) -> None:
-    """GPT-2's random start: normal with deviation 0.02, biases 0, LayerNorms as PyTorch makes them.
+    """The random start of `transformers`: normal with deviation 0.02, biases 0, LayerNorms 1 and 0.
 
     Each layer adds the outputs of two c_proj to x. Their weights start smaller, divided by the
     square root of 2 * n_layer, so that the size of x does not grow with the number of layers.
@@ -224,9 +225,9 @@ def initialize(module: nn.Module, n_layer: int) -> None:
 # 2. Packed rows ---------------------------------------------------------------------------------
 #
 # Attention is the only place where tokens meet. So tokens that stand in another form than plain
-# rows need another attention, and nothing else. There are two such forms: packed batches, which
-# save time in training, and rows with a cache, in section 3. Their loops over the blocks repeat
-# Block.forward, with this attention in the place of its own.
+# rows need another attention (and their positions told), and nothing else. There are two such
+# forms: packed batches, which save time in training, and rows with a cache, in section 3. Their
+# loops over the blocks repeat Block.forward, with this attention in the place of its own.
 
 
 def packed_attention(attn: CausalSelfAttention, x: Tensor, to_rows: tuple[Tensor, ...],
@@ -434,7 +435,7 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
     if kind == "none":
         return model
     if kind == "parallel":
-        model.requires_grad_(False)                    # the adapters, which are new, will train
+        model.requires_grad_(False)                    # but the new adapters will train
         for block in model.h:
             adapter = new_adapter(model, width)
             nn.init.zeros_(adapter.c_proj.weight)      # its bias is 0 already

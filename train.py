@@ -290,13 +290,13 @@ MAX_SKIPPED = 20               # so many skipped updates in a row end a run
 class State:
     """Where a loop is. save_last has what else a resumed run needs."""
     step: int = 0              # updates so far, skipped ones too
-    validated: int = -1        # the step of the last validation: -1 before the first one
     best_loss: float = math.inf
     best_step: int = 0
     worse_in_a_row: int = 0    # validations since the best one
     skipped: int = 0
     skipped_in_a_row: int = 0
-    # Metrics of the updates since the last log line: so the next line is whole after a resume, too.
+    # Metrics of the updates since the last log line: so the next line has their means after a
+    # resume, too.
     window: list = field(default_factory=list)
 
 
@@ -326,7 +326,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)   # its lr is set below
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     state = State()
-    if run.saved.get("stage") == stage:
+    resumed = run.saved.get("stage") == stage
+    if resumed:
         # strict=False: only what trains was saved. The frozen weights are there already.
         model.load_state_dict(run.saved["model"], strict=False)
         optimizer.load_state_dict(run.saved["optimizer"])
@@ -340,18 +341,17 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     started = time.perf_counter()
     speeds = []                                        # tokens a second, since the last log line
 
+    # Validation: before the first update, every val_every updates, and after the last. With 12
+    # updates and val_every 4, V for a validation and u for an update: V uuuu V uuuu V uuuu V. The
+    # first one counts, too: so the best weights may be those that the stage began with.
+    #
+    # A save follows each validation, and each save_every updates, unless a validation comes there.
+    # A killed run goes on from its last save, and does what came after it once more, with the same
+    # numbers. So where it goes on, the validation is done.
+    val_is_due = not resumed
     while True:
-        # Validation: before the first update, every val_every updates, and after the last. With 12
-        # updates and val_every 4, V for a validation and u for an update: V uuuu V uuuu V uuuu V.
-        # The first one counts, too: so the best weights may be those that the stage began with.
-        #
-        # A save follows each validation, and each save_every updates. A killed run goes on from its
-        # last save, and does what came after that once more, with the same numbers. Say that both
-        # are due after update 100: save, validation, save. A run that was killed between the saves
-        # has to validate when it goes on. After the second save it has not: `validated` is 100.
         step = state.step
-        due = step % val_every == 0 or step == total_steps
-        if due and state.validated != step:
+        if val_is_due:
             val_batches = eval_batches(splits["val"], config, machine, reference_tables.get("val"),
                                        sides)
             metrics = dpo.val_step(model, val_batches, loss_function)
@@ -362,7 +362,6 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
                 save_pretrained(model, best_folder)
             else:
                 state.worse_in_a_row += 1
-            state.validated = step
             metrics |= {"best": state.best_loss, "best_step": state.best_step}
             log(run, "val", stage, step, total_steps, metrics)
             save_last(run, stage, model, optimizer, scaler, reference_tables, state)
@@ -410,7 +409,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
             log(run, "train", stage, state.step, total_steps, line)
             state.window = []
             speeds = []
-        if state.step % config.save_every == 0:
+        val_is_due = state.step % val_every == 0 or state.step == total_steps
+        if not val_is_due and state.step % config.save_every == 0:
             save_last(run, stage, model, optimizer, scaler, reference_tables, state)
 
     why = "all updates were made"

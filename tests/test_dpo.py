@@ -272,7 +272,7 @@ def test_reference_logps_are_a_table_by_pair_number(model):
     torch.testing.assert_close(table[1, [0, 3, 4, 2]], rejected, rtol=1e-6, atol=0)
 
 
-# train_epoch, with a model of `transformers`. All prompts are random; each chosen response is the
+# train_dpo, with a model of `transformers`. All prompts are random; each chosen response is the
 # words 18 and 7, each rejected one 19 and 7, so there is much to learn.
 
 
@@ -294,15 +294,15 @@ def small_model_of_transformers() -> GPT2LMHeadModel:
     config = TransformersConfig(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=20,
                                 bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
-    assert model.training and config.resid_pdrop > 0    # so train_epoch must turn dropout off
+    assert model.training and config.resid_pdrop > 0    # so train_dpo must turn dropout off
     return model
 
 
 def docstring_lines() -> str:
-    """The lines for a model of `transformers` in the docstring of train_epoch."""
-    text = textwrap.dedent(dpo.train_epoch.__doc__.split("\n", 1)[1])
+    """The lines for a model of `transformers` in the docstring of train_dpo."""
+    text = textwrap.dedent(dpo.train_dpo.__doc__.split("\n", 1)[1])
     block = text[text.index("    class Logits"):text.index("\nbatches:")]
-    return textwrap.dedent(block).replace("train_epoch(", "history = dpo.train_epoch(")
+    return textwrap.dedent(block).replace("train_dpo(", "history = dpo.train_dpo(")
 
 
 def test_the_docstrings_lines_train_a_model_of_transformers():
@@ -320,7 +320,7 @@ def test_the_docstrings_lines_train_a_model_of_transformers():
     assert len(losses) == 20
 
 
-def test_train_epoch_is_its_lines_by_hand():
+def test_train_dpo_is_its_lines_by_hand():
     """Three batches, one of them short, twice, with AdamW's own loop: equal weights at the end."""
     model = small_model_of_transformers()
     by_hand = copy.deepcopy(model).eval()
@@ -329,15 +329,14 @@ def test_train_epoch_is_its_lines_by_hand():
     rows = [*range(5), *range(8, 13)]                   # the last batch has 5 pairs
     batches[2] = SimpleNamespace(tokens=batches[2].tokens[rows], mask=batches[2].mask[rows],
                                  indices=batches[2].indices[:5])
-    batches = batches * 2                               # a second pass over the same pairs
     names = {"nn": nn, "dpo": dpo, "model": model, "batches": batches}
-    exec(docstring_lines().replace("batches)", "batches, beta=0.3, peak=1e-2)"), names)
+    exec(docstring_lines().replace("batches)", "batches, 2, beta=0.3, peak=1e-2)"), names)
     history = names["history"]
 
     optimizer = torch.optim.AdamW(by_hand.parameters(), weight_decay=0.0)
     # No warm-up; half a cosine to a tenth: 0.1 + 0.9 * (1 + cos(step * 36 degrees)) / 2.
     rates = [1e-2, 9.14058e-3, 6.89058e-3, 4.10942e-3, 1.85942e-3, 1e-3]
-    for batch, rate, metrics in zip(batches, rates, history, strict=True):
+    for batch, rate, metrics in zip(batches * 2, rates, history, strict=True):
         logps = dpo.sequence_logps(lambda tokens: by_hand(tokens).logits, batch.tokens, batch.mask)
         with torch.no_grad():
             before = dpo.sequence_logps(lambda tokens: reference(tokens).logits, batch.tokens,

@@ -386,14 +386,13 @@ def assert_same_end(folder: Path, other: Path) -> None:
 
 
 def test_a_killed_run_goes_on_from_any_save(tmp_path, saves):
-    """From each step: in the middle of a window, just before and after a validation, and between.
+    """From each step: in the middle of a window, after a validation, and between.
 
     A kill may come at any time before the next save. So what the process wrote after the save is
     there: more lines, of which none may come twice, half a line, and later best weights.
     """
     fit(tmp_path / "run", (4, 9), save_every=1)
-    expected_steps = sorted([*range(1, 13), 0, 4, 8, 12])  # after a validation there is one more
-    assert [save.step for save in saves] == expected_steps
+    assert [save.step for save in saves] == list(range(13))    # at 0, 4, 8, 12 after a validation
 
     for save in list(saves):
         whole = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -441,8 +440,7 @@ def test_a_run_that_dies_at_a_validation_goes_on_from_its_last_save(
         patch.setattr(train, "save_last", save_last)
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "run")
-    state = torch.load(tmp_path / "run" / "last.pt")["state"]
-    assert (state["step"], state["validated"]) == (saved_step, saved_step)
+    assert torch.load(tmp_path / "run" / "last.pt")["state"]["step"] == saved_step
 
     given(losses[1:] if saved_step == 0 else losses[2:])       # none is made twice, none left out
     fit(tmp_path / "run", resume=True)

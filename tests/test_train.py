@@ -297,7 +297,7 @@ def test_a_folder_of_the_first_edition_is_refused_and_left_as_it_is(resume, worl
     options = {"resume": True} if resume else {}
     found = refused(argv(world, out, **options), capfd)
     assert str(out) in found
-    assert "another edition of this code (format 1), expected 4" in found
+    assert "another edition of this code (format 1), expected 5" in found
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
