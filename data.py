@@ -6,7 +6,7 @@ Read from top to bottom:
 2. tokens      from text to ids, and what is cut
 3. batches     from ids to tensors: padded, for any model; and packed, which is faster
 4. the demo    made-up pairs whose truth is known
-5. helpers     progress lines; a lock; the options with which a run began
+5. helpers     progress lines; a lock
 6. downloads   hh-rlhf and GPT-2, from the Hugging Face hub
 
 Needs torch, numpy, tiktoken and requests. The letters in the shapes: B pairs, N tokens of a packed
@@ -583,28 +583,6 @@ def lock(file: BinaryIO, wait: bool = True) -> bool:
     except OSError:
         return True
     return True
-
-
-# train.py writes a run's folder, judge.py reads it. Both need these two, so they stand here.
-RUN_FORMAT = 5                     # of a run's folder, in case a later edition changes it
-
-
-def read_run(folder: str | Path) -> dict:
-    """What config.json of a run's folder holds: "format", "options", "audit", "versions".
-
-    Raises FileNotFoundError where there is no such file, ValueError where it is of no run.
-    """
-    path = Path(folder, "config.json")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: not found, expected the folder of a run of train.py")
-    run = json.loads(path.read_bytes())
-    if not isinstance(run, dict) or "options" not in run:
-        raise ValueError(f"{path}: not of a run of train.py: expected a run's folder")
-    if run.get("format") != RUN_FORMAT:
-        raise ValueError(f"{path}: the run was made by another edition of this code (format "
-                         f"{run.get('format', 1)}), expected {RUN_FORMAT}: train again in another "
-                         f"folder, or use that edition")
-    return run
 
 
 # 6. Downloads -----------------------------------------------------------------------------------

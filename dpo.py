@@ -270,19 +270,12 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     the parts add up, so the update is that of one pass, but for rounding.
     loss_function(model, batch): a dict of (B,) tensors, "loss" among them, as dpo_metrics returns.
     max_norm: a longer gradient is shortened to this length.
-    scaler: for float16, whose small gradients would become 0. It multiplies the loss by a large
-    number, the scale, and divides the gradients by it before they are used. update() lowers the
-    scale if a gradient was inf or nan, and else may raise it. Without a scaler, read the lines with
-    `scaler` as loss.backward() and optimizer.step().
+    scaler: for float16 alone, whose small gradients would become 0; see torch.amp.GradScaler.
 
     Returns the mean of every metric over all pairs, "grad_norm" before the gradient was shortened,
     and "skipped", 0 or 1. A loss or gradient that is not finite makes no update: weights and
     optimizer stay as they were, and "skipped" is 1.
     """
-    if scaler is None:
-        # Switched off: scale returns the loss, step calls optimizer.step(), the rest does nothing.
-        scaler = torch.amp.GradScaler(enabled=False)
-
     pair_count = sum(len(batch.indices) for batch in micro_batches)
     parts = []
     for batch in micro_batches:
@@ -290,11 +283,14 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
         # Divided by the pairs of the whole update: a short micro-batch must not weigh like a full
         # one.
         loss = metrics["loss"].sum() / pair_count
-        scaler.scale(loss).backward()                  # adds to the gradients that are there
+        if scaler is not None:
+            loss = scaler.scale(loss)                  # times a large number
+        loss.backward()                                # adds to the gradients that are there
         # Detached: the numbers are kept, the graph that led to them is freed.
         parts.append({name: value.detach() for name, value in metrics.items()})
 
-    scaler.unscale_(optimizer)                         # gradients back to their true size
+    if scaler is not None:
+        scaler.unscale_(optimizer)                     # gradients back to their true size
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     means = mean_over_pairs(parts)
@@ -302,8 +298,9 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     result = as_floats(means)
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
-        scaler.step(optimizer)
-    scaler.update()                                    # where there was no step, too
+        optimizer.step()
+    if scaler is not None:
+        scaler.update()                                # a smaller number, if a gradient was inf
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result

@@ -42,6 +42,7 @@ import torch
 import data
 import dpo
 import model
+import train
 
 # 1. Answers -------------------------------------------------------------------------------------
 
@@ -1035,7 +1036,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 def run(args: argparse.Namespace) -> None:
     """Ask, compare blindly, or let the judge compare, as the options say."""
     folder = Path(args.out)
-    options = data.read_run(folder)["options"]
+    options = train.read_run(folder)["options"]
     if options["demo"] and args.ask is None:
         raise ValueError(f"{folder} is the run of a demo, whose answers are digits: there is "
                          f"nothing to judge; expected another run, or --ask")

@@ -51,7 +51,7 @@ def option(default: object, help: str, choices: tuple[str, ...] | None = None) -
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-@dataclass(frozen=True)
+@dataclass
 class Config:
     """Every option of train.py.
 
@@ -116,8 +116,8 @@ class Config:
     save_every: int = option(100, "updates between two saves; there is one after each validation")
 
     def __post_init__(self) -> None:
-        if self.lr == 0:                               # self.lr = ... is forbidden, as it is frozen
-            object.__setattr__(self, "lr", 1e-3 if self.adapter == "parallel" else 1e-5)
+        if self.lr == 0:
+            self.lr = 1e-3 if self.adapter == "parallel" else 1e-5
 
         may_be_0 = ("seed", "sft_epochs", "epochs", "sft_coef", "label_smoothing", "warmup_share")
         for setting in fields(self):
@@ -554,6 +554,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 # 5. The run's folder ----------------------------------------------------------------------------
 
+RUN_FORMAT = 5                     # of a run's folder, in case a later edition changes it
+
 
 def open_run(config: Config, machine: Machine, audit: dict) -> Run:
     """Begin a run's folder, or find what to go on from.
@@ -582,7 +584,7 @@ def open_run(config: Config, machine: Machine, audit: dict) -> Run:
 
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
     versions = {"python": sys.version, "torch": torch.__version__, "commit": commit}
-    text = json.dumps({"format": data.RUN_FORMAT, "options": options, "audit": audit,
+    text = json.dumps({"format": RUN_FORMAT, "options": options, "audit": audit,
                        "versions": versions}, indent=1)
     write_whole(folder / "config.json", [text.encode()])
     return Run(folder, metrics, saved)
@@ -601,7 +603,7 @@ def check_same_run(folder: Path, config: Config, options: dict, audit: dict) -> 
     """ValueError unless the run in the folder may go on: it began with these options and numbers of
     pairs, and config.resume is set.
     """
-    old = data.read_run(folder)
+    old = read_run(folder)
     differences = []
     for name, value in old["options"].items():
         if name != "out" and value != options.get(name):     # the folder may have been moved
@@ -614,6 +616,24 @@ def check_same_run(folder: Path, config: Config, options: dict, audit: dict) -> 
     if not config.resume:
         raise ValueError(f"{folder}: a run is there: expected --resume to go on with it, or "
                          f"another --out")
+
+
+def read_run(folder: str | Path) -> dict:
+    """What config.json of a run's folder holds: "format", "options", "audit", "versions".
+
+    Raises FileNotFoundError where there is no such file, ValueError where it is of no run.
+    """
+    path = Path(folder, "config.json")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found, expected the folder of a run of train.py")
+    run = json.loads(path.read_bytes())
+    if not isinstance(run, dict) or "options" not in run:
+        raise ValueError(f"{path}: not of a run of train.py: expected a run's folder")
+    if run.get("format") != RUN_FORMAT:
+        raise ValueError(f"{path}: the run was made by another edition of this code (format "
+                         f"{run.get('format', 1)}), expected {RUN_FORMAT}: train again in another "
+                         f"folder, or use that edition")
+    return run
 
 
 def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimizer,

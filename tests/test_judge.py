@@ -32,6 +32,7 @@ import torch
 import data
 import dpo
 import judge
+import train
 from judge import Answer, Verdict, compare, read_letter, win_rate
 from model import GPT2, GPT2Config, save_pretrained
 
@@ -265,8 +266,9 @@ def run(tmp_path, weights, monkeypatch) -> SimpleNamespace:
                "test_share": 0.3}
 
     def write_config(**changed):
-        (out / "config.json").write_text(json.dumps(
-            {"format": data.RUN_FORMAT, "options": options | changed, "audit": {}, "versions": {}}))
+        run = {"format": train.RUN_FORMAT, "options": options | changed, "audit": {},
+               "versions": {}}
+        (out / "config.json").write_text(json.dumps(run))
     write_config()
 
     def call(server, *words):
@@ -822,7 +824,7 @@ def tiny_demo(out: Path) -> None:
         torch.manual_seed(seed)
         save_pretrained(GPT2(GPT2Config(1, 2, 16, 128, 257, 16)), out / name)
     options = {"demo": True, "max_prompt_tokens": 60, "model": "gpt2"}
-    (out / "config.json").write_text(json.dumps({"format": data.RUN_FORMAT, "options": options}))
+    (out / "config.json").write_text(json.dumps({"format": train.RUN_FORMAT, "options": options}))
 
 
 @pytest.fixture(scope="module")

@@ -360,7 +360,7 @@ def test_a_run_leaves_what_it_promises(a_run):
     assert best_files == {"config.json", "model.safetensors", "tokenizer_config.json"}
 
     config = json.loads((a_run.out / "config.json").read_text())
-    assert config == data.read_run(a_run.out)
+    assert config == train.read_run(a_run.out)
     assert config["options"]["out"] == str(a_run.out)
     assert set(config["options"]) == {option.name for option in dataclasses.fields(train.Config)}
     assert config["versions"]["torch"] == torch.__version__
@@ -444,7 +444,7 @@ def test_the_folder_best_holds_the_weights_of_the_best_step(a_run):
     pairs = a_run.pairs["val"]
     reference = torch.load(a_run.out / "last.pt")["reference_tables"]["val"]
     batch = data.pack(pairs, range(len(pairs)), reference)
-    beta = data.read_run(a_run.out)["options"]["beta"]
+    beta = train.read_run(a_run.out)["options"]["beta"]
 
     def loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, torch.Tensor]:
         return dpo.dpo_metrics(dpo.packed_logps(model, batch), batch.reference_logps, beta)
