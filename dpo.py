@@ -116,8 +116,8 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
     the data is data: it is asked once, before training. No second model stands in memory, and no
     update computes the reference again.
 
-    logps_of: the function that computes the logps (2B,) of a batch, chosen first. For padded
-    batches it is
+    logps_of: how to compute the logps (2B,) of a batch, chosen first. There are two ways in this
+    file: packed_logps, for packed batches, and, for padded ones,
 
         def logps_of(model, batch):
             return sequence_logps(model, batch.tokens, batch.mask)
@@ -138,7 +138,7 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
 def sft_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
     """The loss of the stage before DPO, supervised fine-tuning (SFT): nats a token, (B,).
 
-    Each response counts the same, however long it is.
+    Each response counts the same, however long it is: a few long ones must not decide.
 
     chosen_logps (B,): log pi(response | prompt) of the chosen responses. chosen_lengths (B,) int64:
     their lengths in tokens.
@@ -214,8 +214,8 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     It grows linearly to `peak` over the first warmup_steps updates. Then it falls along half a
     cosine, from `peak` to final * peak at the last update. (Where the warm-up leaves no room for a
     cosine, the rate stays at `peak`.) A warm-up begins with peak / warmup_steps, not 0: an update
-    with a rate of 0 would be wasted. Below, the updates 0 and 1 warm up. The updates 2 to 6 are the
-    cosine, so the peak comes twice.
+    with a rate of 0 would be wasted. Below, the updates 0 and 1 warm up, to 1.0, and the updates 2
+    to 6 are the cosine, which begins with 1.0.
 
     >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
@@ -649,28 +649,30 @@ class TargetLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, piece: int) -> Tensor:
+        hidden_trains, head_trains, _, _ = ctx.needs_input_grad
         logps = []
         slopes = []                                    # the derivatives by h
         for h, target in zip(hidden.split(piece), targets.split(piece), strict=True):
             piece_logps, d_logits = logps_and_derivative(h, head, target)
             logps.append(piece_logps)                                        # (piece,)
-            if ctx.needs_input_grad[0]:
+            if hidden_trains:
                 slopes.append(d_logits.T @ head)                             # (piece, C)
-        head_trains = ctx.needs_input_grad[1]
-        ctx.save_for_backward(hidden, head if head_trains else None, targets,
-                              torch.cat(slopes) if slopes else None)
+        ctx.save_for_backward(hidden, targets,
+                              torch.cat(slopes) if hidden_trains else None,  # (M, C)
+                              head if head_trains else None)
         ctx.piece = piece
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """grad (M,): the derivative of the loss by each log p."""
-        hidden, head, targets, slopes = ctx.saved_tensors
+        hidden_trains, head_trains, _, _ = ctx.needs_input_grad
+        hidden, targets, slopes, head = ctx.saved_tensors
         d_hidden = None
-        if ctx.needs_input_grad[0]:
+        if hidden_trains:
             d_hidden = (grad[:, None] * slopes).to(hidden.dtype)             # (M, C)
         d_head = None
-        if ctx.needs_input_grad[1]:
+        if head_trains:
             # Products are in the number format of hidden, their sum is in float32.
             weighted = (grad[:, None] * hidden).to(hidden.dtype)             # (M, C)
             d_head = torch.zeros_like(head, dtype=grad.dtype)                # (V, C)

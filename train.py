@@ -230,9 +230,9 @@ def train(config: Config) -> int:
             tracked = data.track(batches, f"reference of {name}", batch_count, "batches")
             reference_tables[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))
 
-    # The policy begins as its reference, in a resumed run, too: only fit loads the trained weights.
-    # Check it, with the first batch that the reference had, which has the shortest pairs:
-    # eval_batches gives the same batches at each call.
+    # From here on the model is the policy. It begins as its reference, in a resumed run, too: only
+    # fit loads the trained weights. Check it, with the first batch that the reference had, which
+    # has the shortest pairs: eval_batches gives the same batches at each call.
     if config.adapter != "replace":
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference_tables["train"]))
