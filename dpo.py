@@ -296,6 +296,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     means = mean_over_pairs(parts)
     means["grad_norm"] = grad_norm                     # so that all are read at once
     result = as_floats(means)
+    # (Others call scaler.step for this. It checks the gradients, but not the loss.)
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
         optimizer.step()
@@ -342,7 +343,7 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
             f"before the first update the policy's log-probabilities differ from the reference's "
             f"by {difference:.3g} nats on average, expected at most {4 * rounding:.3g}: look for "
             f"dropout, for a reference of another model, of other data or from another machine, or "
-            f"for an adapter that is not the identity at first")
+            f"for an adapter that changes the model at once")
 
 
 def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.1,
@@ -396,7 +397,7 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
     total_steps = epochs * len(batches)
     history = []
     for step in range(total_steps):
-        batch = batches[step % len(batches)]                                   # in each epoch anew
+        batch = batches[step % len(batches)]           # in the same order each time
         lr = cosine_lr(step, peak, total_steps // 10, total_steps)
         optimizer.param_groups[0]["lr"] = lr
         metrics = train_step(model, [batch], optimizer, loss_function)         # one micro-batch

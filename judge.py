@@ -66,7 +66,7 @@ class Sampling(NamedTuple):
     temperature: float
     top_p: float
     max_tokens: int            # of an answer
-    seed: int                  # kept_answers adds to it, for each block of prompts
+    seed: int
 
 
 def models_of(folder: Path, options: dict, names: Sequence[str] = tuple(NAMES)) -> dict[str, Path]:
@@ -105,7 +105,7 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     the limit. The text of an answer is without end-of-text and without "\\n\\nHuman:".
     """
     def asks_again(ids: list[int]) -> bool:
-        """Did the newest token complete "\\n\\nHuman:"?"""
+        """Did the newest token complete "\\n\\nHuman:"? ids: of the answer, without the prompt."""
         # "\n\nHuman:" has 8 characters, and each of its tokens holds at least one of them: so it
         # stands in the last 8 tokens, if the newest one completed it.
         return data.HUMAN in encoding.decode(ids[-8:])
@@ -365,8 +365,8 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     Verdicts without a score are counted as "unreadable", and left out of the rate. "rate", "low"
     and "high" are None without verdicts, and for a judge that was asked and could never be read.
     "letter A" is the share of A among the judge's letters, where it gave both. A judge that goes by
-    the answers alone says A in one order and B in the other, so it has 1/2 there. For the
-    interval with draws see dpo.wilson_interval.
+    the answers alone says A in one order and B in the other, so it has 1/2 there. With
+    draws the interval is wider than it need be, see dpo.wilson_interval.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -731,8 +731,7 @@ def doubts(agreement: dict, rates: list[dict]) -> list[str]:
     letter_a = [rate["letter A"] for rate in rates if rate["letter A"] is not None]
 
     found = []
-    # Wilson's interval lies above 0.5 just when the rate is above 0.5 + 1.96 * sqrt(0.25 / count).
-    # With 100 prompts that is 0.598.
+    # With 100 prompts, the interval lies above 0.5 where the rate is 0.60 or more.
     if agreement["rate"] is None or agreement["low"] <= 0.5:
         found.append("the judge's agreement with people is not better than a coin's, as far as the "
                      "interval of chosen against rejected tells")
@@ -796,7 +795,8 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     answers: long answers have more room to differ.
 
     The objective from which DPO's loss is derived is mean reward - beta * KL. The difference above,
-    times beta, is DPO's implicit reward.
+    times beta, is DPO's implicit reward: the reward, but for a term of the prompt alone, which
+    cancels between two answers.
     """
     logps = {}
     for name in ("tuned", "sft"):

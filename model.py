@@ -123,6 +123,21 @@ class Block(nn.Module):
         return x
 
 
+def initialize(module: nn.Module, n_layer: int) -> None:
+    """The random start of `transformers`: normal with deviation 0.02, biases 0, LayerNorms 1 and 0.
+
+    Each layer adds the outputs of two c_proj to x. Their weights start smaller, divided by the
+    square root of 2 * n_layer, so that the size of x does not grow with the number of layers.
+    """
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif name.endswith("c_proj.weight"):
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
+        elif name.endswith(("c_fc.weight", "c_attn.weight", "wte.weight", "wpe.weight")):
+            nn.init.normal_(parameter, std=0.02)
+
+
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019), with the names of the weights that the Hugging Face hub has.
 
@@ -205,21 +220,6 @@ class GPT2(nn.Module):
             x = x + packed_attention(block.attn, block.ln_1(x), to_rows, to_line)
             x = x + block.mlp(block.ln_2(x))
         return self.ln_f(x)
-
-
-def initialize(module: nn.Module, n_layer: int) -> None:
-    """The random start of `transformers`: normal with deviation 0.02, biases 0, LayerNorms 1 and 0.
-
-    Each layer adds the outputs of two c_proj to x. Their weights start smaller, divided by the
-    square root of 2 * n_layer, so that the size of x does not grow with the number of layers.
-    """
-    for name, parameter in module.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif name.endswith("c_proj.weight"):
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
-        elif name.endswith(("c_fc.weight", "c_attn.weight", "wte.weight", "wpe.weight")):
-            nn.init.normal_(parameter, std=0.02)
 
 
 # 2. Packed rows ---------------------------------------------------------------------------------

@@ -347,7 +347,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     #
     # A save follows each validation, and each save_every updates, unless a validation comes there.
     # A killed run goes on from its last save, and does what came after it once more, with the same
-    # numbers. So where it goes on, the validation is done.
+    # numbers but for the clock's. Where a validation was due at that save, the save came after it.
+    # So it isn't due again.
     val_is_due = not resumed
     while True:
         step = state.step

@@ -851,5 +851,5 @@ def test_adapters_that_change_nothing_at_first_pass_and_others_do_not(model):
     add_adapters(model, "parallel", width=4)
     dpo.check_start(dpo.packed_logps(model, batch), reference)
     model = add_adapters(other, "replace", width=4)
-    with pytest.raises(ValueError, match="an adapter that is not the identity at first"):
+    with pytest.raises(ValueError, match="an adapter that changes the model at once"):
         dpo.check_start(dpo.packed_logps(model, batch), reference)
