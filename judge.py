@@ -364,9 +364,10 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
 
     Verdicts without a score are counted as "unreadable", and left out of the rate. "rate", "low"
     and "high" are None without verdicts, and for a judge that was asked and could never be read.
-    "letter A" is the share of A among the judge's letters, where it gave both. A judge that goes by
-    the answers alone says A in one order and B in the other, so it has 1/2 there. With
-    draws the interval is wider than it need be, see dpo.wilson_interval.
+    "prompts" counts them too: the rate is over prompts - unreadable. "letter A" is the share of A
+    among the judge's letters, where it gave both. A judge that goes by the answers alone says A in
+    one order and B in the other, so it has 1/2 there. With draws the interval is wider than it need
+    be: see dpo.wilson_interval.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -383,11 +384,10 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
         "unreadable": unreadable,
         "letter A": None,
     }
-    # Say 3 pairs of answers are equal, and the judge can't be read on the other 97. The 3 draws
-    # would give a rate of 0.5, as if it had judged.
-    asked = [verdict for verdict in verdicts if verdict.letters]   # () where no judge was asked
-    read = [verdict for verdict in asked if verdict.score is not None]
-    never_read = len(asked) > 0 and len(read) == 0
+    # Say 3 pairs of answers are equal, of which no judge is asked, and the judge can't be read on
+    # the other 97. The 3 draws would give a rate of 0.5, as if it had judged.
+    read = [verdict for verdict in verdicts if verdict.letters and verdict.score is not None]
+    never_read = unreadable > 0 and len(read) == 0
     if scores and not never_read:
         rate = statistics.fmean(scores)
         summary["rate"] = rate
