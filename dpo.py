@@ -123,7 +123,7 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
             return sequence_logps(model, batch.tokens, batch.mask)
 
     batches: of the pairs of the data set; batch.indices (B,) int64 are the pairs' numbers in it, 0
-    to pair_count - 1. A pair that is in no batch gets nan, so its loss would be nan, too.
+    to pair_count - 1. A pair that is in no batch gets nan, and an update with it would be skipped.
     """
     table = torch.full((2, pair_count), math.nan)
     for batch in batches:

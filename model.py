@@ -124,7 +124,8 @@ class Block(nn.Module):
 
 
 def initialize(module: nn.Module, n_layer: int) -> None:
-    """The random start of `transformers`: normal with deviation 0.02, biases 0, LayerNorms 1 and 0.
+    """The random start of `transformers`: normal with deviation 0.02, biases 0. LayerNorms begin
+    with weights of 1 in any case.
 
     Each layer adds the outputs of two c_proj to x. Their weights start smaller, divided by the
     square root of 2 * n_layer, so that the size of x does not grow with the number of layers.
@@ -284,10 +285,10 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
     # The first call reads the prompts, padded on the right. The later calls read one token of each
     # row. With prompts a b and c d e f, and x for padding, the cache then holds
     #
-    #     place                 0 1 2 3 4 5
-    #     after the first call  a b x x . .     c d e f . .
-    #     after the second      a b 1 x . .     c d e f 1 .
-    #     after the third       a b 1 2 . .     c d e f 1 2
+    #     place                 0 1 2 3 4 5 6
+    #     after the first call  a b x x . . .     c d e f . . .
+    #     after the second      a b 1 x . . .     c d e f 1 . .
+    #     after the third       a b 1 2 . . .     c d e f 1 2 .
     #
     # A token sees the places up to its own. So no token of an answer sees padding: by its turn, the
     # places before it hold the prompt and the answer's earlier tokens, which have overwritten x.
@@ -445,6 +446,8 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
             block.mlp = new_adapter(model, width)
     elif kind == "replace":
         replace_by_strongest(model, width)
+    if kind == "replace":
+        model.config = dataclasses.replace(config, n_inner=width)
     return model
 
 

@@ -784,6 +784,7 @@ def test_a_replacing_adapter_takes_the_place_of_the_mlp_and_everything_trains(in
     """The MLP had (16 + 1) * 64 + (64 + 1) * 16 = 2128 parameters; 5 neurons have 181."""
     before = count(ours)
     add_adapters(ours, "replace", width=5, init=init)
+    assert ours.config.n_inner == 5
     assert count(ours) == count(ours, trained=False) == before - 2 * (2128 - 181)
     assert ours.h[0].mlp.c_fc.weight.shape == (5, 16)
     assert ours.h[0].mlp.c_proj.weight.std() > 0
