@@ -530,7 +530,8 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     #     h . head[token] - h . mean_row  =  h . (head[token] - mean_row)
     #
     # With any other row in the place of mean_row, all log p would be the same. So the derivative by
-    # it is 0, and need not be computed: detach.
+    # it is 0 (-h by the target's logit, and +h by the log of the sum), and need not be computed:
+    # detach.
     mean_row = head.detach().mean(0)                   # (C,)
     head = head - mean_row
 

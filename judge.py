@@ -7,8 +7,8 @@
 "out" is the folder that a run of train.py wrote.
 
 DPO itself is in dpo.py and train.py: read them first. This file measures what came of it. It uses
-sequence_logps and wilson_interval of dpo.py, the pairs of data.py, and GPT-2 of model.py. Read from
-top to bottom:
+sequence_logps and wilson_interval of dpo.py, the pairs of data.py, GPT-2 of model.py, and what
+train.py noted of the run. Read from top to bottom:
 
 1. answers           the untuned model, the SFT model and the tuned model answer the same prompts
 2. ask               --ask shows the answers

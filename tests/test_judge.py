@@ -597,6 +597,17 @@ def test_the_key_is_sent_and_never_shown(run, serve, capsys, monkeypatch):
     assert server.headers[0]["Authorization"] == "Bearer s3cret"
 
 
+@pytest.mark.parametrize("prompt_tokens", [0, None])
+def test_a_server_that_does_not_count_tokens_is_not_said_to_cut(prompt_tokens, run, serve, capsys):
+    server = serve()
+    server.say = people
+    server.prompt_tokens = prompt_tokens
+    assert run.judge(server) == 0
+    text = capsys.readouterr().out
+    assert row(text, "chosen against rejected")["rate"] == "1.000"
+    assert "has cut" not in text
+
+
 def test_a_cut_question_is_told_of_even_if_nothing_is_asked(run, serve, capsys):
     """Four tokens can't hold a question of fifty words: the server cut it, and said nothing."""
     server = serve()
