@@ -132,7 +132,7 @@ def test_an_update_waits_for_the_device_once(device):
         dpo.train_step(model, [batch], optimizer, loss_function)
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "synchronizing" in str(warning.message)]
+    waits = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
     assert len(waits) == (1 if device.type == "cuda" else 0)
     assert not torch.equal(model.wte.weight, before)
 

@@ -1,7 +1,8 @@
 """The whole job, on a GPT-2 so small that it takes a second: options, stages, stops, full disks.
 
 Runs that are killed, or that meet in one folder, are real processes: children of one that has
-imported everything (`Jobs`), so that each begins at once. The others call train.main here.
+imported everything (`Jobs`), so that each begins at once. The others call train.main here. All are
+on the CPU, where a run repeats bit for bit; tests/test_gpu.py is for a GPU.
 """
 
 import contextlib
@@ -40,6 +41,14 @@ TESTS = 4                      # and in its file of test pairs
 # With these options and `bytes_as_tokens` a run has bytes for tokens, as the demo has: GPT-2's
 # vocabulary takes most of the time of a small model.
 BYTES = {"model": "bytes", "max_tokens": 64, "max_prompt_tokens": 42}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    """train.py finds no GPU, though there may be one."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: None)
+        yield
 
 
 # A world to train in: models, and files like those of hh-rlhf.
@@ -854,6 +863,7 @@ from pathlib import Path
 encoding = train.data.encoding_of(demo=True)
 tiktoken.get_encoding = lambda name: encoding
 torch.set_num_threads(1)
+torch.accelerator.current_accelerator = lambda **options: None  # on the CPU
 with torch.device("meta"):  # what torch imports at its first use, imported once for all
     train.GPT2(train.GPT2Config(1, 1, 4, 4, 4, 4))
 weight = torch.nn.Parameter(torch.ones(1))
