@@ -551,8 +551,13 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     #
     # (A column for each prediction, not a row: this product is faster on CPUs.)
     logps = TargetLogps.apply(hidden, head, batch.targets, piece)
-    totals = logps.new_zeros(len(batch.response_lengths))                     # (2B,)
-    return totals.index_add(0, batch.owner, logps)     # each response's sum over its tokens
+
+    # Each response's sum over its own tokens. (index_add would do the same. But a GPU adds there in
+    # any order, and a model asked twice would give two results: at the start the rewards would not
+    # be 0, and half of them above 0.)
+    responses = torch.arange(len(batch.response_lengths), device=logps.device)
+    is_own = responses[:, None] == batch.owner         # (2B, M)
+    return torch.where(is_own, logps, 0.0).sum(1)      # (2B,)
 
 
 # 6. Variants of the loss ------------------------------------------------------------------------

@@ -18,6 +18,7 @@ Read from top to bottom:
 import argparse
 import csv
 import gzip
+import itertools
 import json
 import math
 import os
@@ -27,9 +28,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import conftest
@@ -131,12 +135,13 @@ def scores_of(differences: list[float]) -> str:
     return scores
 
 
-def logps_of(path: Path, pairs: list[data.Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+def logps_of(path: Path, pairs: list[data.Pair]) -> tuple[Tensor, Tensor]:
     """(2, pairs) each: the log-probabilities by the model in the folder, and the lengths."""
     model = judge.load(path)
+    device = model.wte.weight.device
     tokens, _ = data.tokenize(pairs, data.encoding_of(demo=False), 512, 256)
     assert len(tokens) == len(pairs)
-    batches = data.by_length(tokens, 32, grid_count=8)
+    batches = (batch.to(device) for batch in data.by_length(tokens, 32, grid_count=8))
     with torch.no_grad():
         logps = dpo.reference_logps(lambda model, batch: dpo.packed_logps(model, batch), model,
                                     batches, len(tokens))
@@ -175,6 +180,7 @@ FURTHER = {                    # on fold 0 alone
                                          "sft_lr": 3e-4},
 }
 POLITE = "polite pairs"        # those of tests/polite.py, in place of a fold
+FLOAT32 = {"dtype": "float32"}  # bfloat16 is too coarse for margins of a hundredth of a nat
 METRICS = ("loss", "rewards/margins", "rewards/accuracies", "chosen_below_reference")
 FIELDS = ("row", "fold", "seed", "commit", "machine", "dtype", "command", "seconds", "memory_gb",
           "parameters", "best_step", *METRICS, "kl", "words", "distinct-1", "distinct-2", "ended",
@@ -182,12 +188,15 @@ FIELDS = ("row", "fold", "seed", "commit", "machine", "dtype", "command", "secon
 
 
 def machine() -> str:
-    """The processor, with the flags that matter for speed."""
+    """The GPU, if there is one, and the processor, with the flags that matter for speed."""
     text = subprocess.getoutput("lscpu")
     name = re.search(r"Model name: *(.*)", text)[1]
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
              if re.search(rf"\b{flag}\b", text)]
-    return f"{name}, {os.cpu_count()} cores, {' '.join(flags)}"
+    processor = f"{name}, {os.cpu_count()} cores, {' '.join(flags)}"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {processor}"
+    return processor
 
 
 def training_commit() -> str:
@@ -214,10 +223,13 @@ def train_once(options: dict) -> dict:
     test = lines_of(out)[-1]
     assert test["event"] == "test"
     dtype = json.loads((out / "config.json").read_text())["options"]["dtype"]
+    memory = round(usage.ru_maxrss / 2**20, 2)         # of the process; a GPU has memory of its own
+    if torch.accelerator.current_accelerator(check_available=True):
+        memory = ""
     return {
         "command": command_of(options),
         "seconds": round(time.perf_counter() - started, 1),
-        "memory_gb": round(usage.ru_maxrss / 2**20, 2),
+        "memory_gb": memory,
         "dtype": dtype,
         "best_step": test["step"],
         **{name: test[name] for name in METRICS},
@@ -245,24 +257,35 @@ def trained_parameters(out: Path) -> int:
     return sum(weight.numel() for weight in saved["model"].values())
 
 
+def margins_of(out: Path, pairs: list[data.Pair]) -> Tensor:
+    """(pairs,): how much further the best model of a run is from its SFT model at the chosen answer
+    than at the rejected one, in nats. Times beta it is the margin of the rewards."""
+    policy, _ = logps_of(out / "best", pairs)
+    reference, _ = logps_of(out / "sft", pairs)
+    return (policy[0] - reference[0]) - (policy[1] - reference[1])
+
+
+def loss_and_error(margins: Tensor, beta: float) -> tuple[float, float]:
+    """DPO's mean loss, and half of the width of its 95% interval over the pairs."""
+    losses = -F.logsigmoid(beta * margins)
+    return losses.mean().item(), 1.96 * losses.std().item() / math.sqrt(len(losses))
+
+
 def dpo_row(folder: Path, name: str, options: dict, pairs: list[data.Pair],
             sampled: bool) -> dict:
     """Train, test again pair by pair, and look at sampled answers."""
     out = folder / re.sub(r"\W+", "_", name)
-    sft = out / "sft"
-    line = {"row": name} | train_once({"out": out} | options)
-    policy, _ = logps_of(out / "best", pairs)
-    reference, _ = logps_of(sft, pairs)
-    margins = (policy[0] - reference[0]) - (policy[1] - reference[1])
+    line = {"row": name} | train_once({"out": out} | FLOAT32 | options)
+    margins = margins_of(out, pairs)
     line["scores"] = scores_of(margins.tolist())
     if options.get("loss", "sigmoid") == "sigmoid":
         accuracy = statistics.fmean(int(score) / 2 for score in line["scores"])
         assert abs(accuracy - line["rewards/accuracies"]) < 2 / len(pairs), (accuracy, line)
     line["parameters"] = trained_parameters(out)
     if sampled:
-        paths = {"tuned": out / "best", "sft": sft}
+        paths = {"tuned": out / "best", "sft": out / "sft"}
         prompts = sorted({pair.prompt for pair in pairs})
-        answers = judge.kept_answers(folder / "answers.jsonl", name, paths["tuned"],
+        answers = judge.kept_answers(out / "answers.jsonl", name, paths["tuned"],
                                      data.encoding_of(demo=False), prompts, 256,
                                      judge.Sampling(1.0, 1.0, 128, 0))
         line |= judge.describe([answer.text for answer in answers])
@@ -312,7 +335,8 @@ def measure(args: argparse.Namespace) -> None:
                 start |= {"model": sft, "sft_epochs": 0}
             line = dpo_row(folder, name, start | options, pairs, fold == 0)
             append_csv(CSV, FIELDS, shared | {"fold": fold} | line)
-        if "the longer answer" not in done and sft.exists():
+        name = BASELINES[0]
+        if name not in done and re.search(args.only, name):
             for line in baselines(sft, pairs, kinds):
                 append_csv(CSV, FIELDS, shared | {"fold": fold} | line)
 
@@ -339,17 +363,32 @@ def measure_polite(args: argparse.Namespace) -> None:
 # 4. The grid ------------------------------------------------------------------------------------
 
 GRID_CSV = ROOT / "results" / "grid.csv"
-GRID_FIELDS = ("adapter", "lr", "epochs", "updates", "start_loss", "best_loss", "best_step",
-               "last_loss", "last_accuracy", "pairs", "commit", "machine", "dtype", "command",
-               "seconds")
+GRID_FIELDS = ("adapter", "lr", "epochs", "updates", "start_loss", "best_loss", "best_error",
+               "best_step", "last_loss", "last_accuracy", "pairs", "commit", "machine", "dtype",
+               "command", "seconds")
 GRID = [                       # the first one makes the SFT that all share
-    {"adapter": "parallel", "lr": 1e-4, "epochs": 1},
-    {"adapter": "none", "lr": 5e-6, "epochs": 1},
-    {"adapter": "parallel", "lr": 1e-3, "epochs": 1},
-    {"adapter": "none", "lr": 2e-5, "epochs": 1},
-    {"adapter": "parallel", "lr": 3e-4, "epochs": 3},
-    {"adapter": "none", "lr": 1e-6, "epochs": 3},
+    *({"adapter": "parallel", "lr": lr, "epochs": 1} for lr in (1e-3, 3e-5, 1e-4, 3e-4, 3e-3)),
+    *({"adapter": "none", "lr": lr, "epochs": 1} for lr in (3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4)),
+    *({"adapter": "parallel", "lr": lr, "epochs": 3} for lr in (3e-5, 1e-4)),
 ]
+GRID_SHARED = FLOAT32 | {"subsets": ",".join(SUBSETS), "val_share": 0.25, "patience": 99,
+                         "vals": 13}
+
+
+def grid_run(start: dict, options: dict, pairs: list[data.Pair]) -> dict:
+    """A line of grid.csv: one run, of whose validation losses the lowest and the last are kept."""
+    run = train_once(start | options)
+    out = start["out"]
+    vals = [line for line in lines_of(out) if (line["event"], line["stage"]) == ("val", "dpo")]
+    best = min(vals, key=lambda line: line["loss"])
+    loss, error = loss_and_error(margins_of(out, pairs), beta=0.1)
+    assert abs(loss - best["loss"]) < 1e-4, (loss, best)
+    return options | {
+        "updates": vals[-1]["step"], "start_loss": vals[0]["loss"], "best_loss": best["loss"],
+        "best_error": error, "best_step": best["step"], "last_loss": vals[-1]["loss"],
+        "last_accuracy": vals[-1]["rewards/accuracies"], "pairs": len(pairs),
+        "dtype": run["dtype"], "command": run["command"], "seconds": run["seconds"],
+    }
 
 
 def try_grid(args: argparse.Namespace) -> None:
@@ -357,28 +396,28 @@ def try_grid(args: argparse.Namespace) -> None:
     conftest.offline_vocabulary()
     folder = Path(args.out) / "grid"
     write_fold(clean_pool(Path(args.hh_dir)), 0, folder / "hh")
+    trained, _ = pairs_of_fold(folder / "hh", "train")
+    tested, _ = pairs_of_fold(folder / "hh", "test")
+    pairs = data.split(trained, tested, GRID_SHARED["val_share"], 0.2)[0]["val"]
     common = {"commit": training_commit(), "machine": machine()}
     done = {(line["command"], line["commit"]) for line in read_csv(GRID_CSV)}
-    sft = None
-    for options in GRID:
-        out = folder / "_".join(str(value) for value in options.values())
-        start = {"model": args.model, "sft_epochs": 1}
-        if sft is not None:
-            start = {"model": sft, "sft_epochs": 0}
-        sft = sft or out / "sft"
-        whole = {"hh_dir": folder / "hh", "subsets": ",".join(SUBSETS), "out": out,
-                 "val_share": 0.25, "patience": 99, "vals": 4} | start | options
-        if (command_of(whole), common["commit"]) in done or not re.search(args.only, out.name):
-            continue
-        run = train_once(whole)
-        vals = [line for line in lines_of(out) if (line["event"], line["stage"]) == ("val", "dpo")]
-        audit = json.loads((out / "config.json").read_text())["audit"]
-        best = min(vals, key=lambda line: line["loss"])
-        append_csv(GRID_CSV, GRID_FIELDS, common | options | {
-            "updates": vals[-1]["step"], "start_loss": vals[0]["loss"],
-            "best_loss": best["loss"], "best_step": best["step"], "last_loss": vals[-1]["loss"],
-            "last_accuracy": vals[-1]["rewards/accuracies"], "pairs": audit["val"]["kept"],
-            "dtype": run["dtype"], "command": run["command"], "seconds": run["seconds"]})
+
+    def line_of(options: dict) -> dict | None:
+        name = "_".join(str(value) for value in options.values())
+        start = GRID_SHARED | {"hh_dir": folder / "hh", "out": folder / name}
+        if options is GRID[0]:
+            start |= {"model": args.model, "sft_epochs": 1}
+        else:
+            start |= {"model": folder / "parallel_0.001_1" / "sft", "sft_epochs": 0}
+        if (command_of(start | options), common["commit"]) in done:
+            return None
+        return grid_run(start, options, pairs)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        first = [line_of(GRID[0])]
+        for line in itertools.chain(first, pool.map(line_of, GRID[1:])):
+            if line is not None:
+                append_csv(GRID_CSV, GRID_FIELDS, common | line)
 
 
 # 5. The tables ----------------------------------------------------------------------------------
@@ -486,11 +525,11 @@ def grid_table(lines: list[dict]) -> str:
     for line in lines:
         low, high = dpo.wilson_interval(float(line["last_accuracy"]), int(line["pairs"]))
         rows.append([line["adapter"], f"{float(line['lr']):.0e}", line["epochs"], line["updates"],
-                     f"{float(line['start_loss']):.4f}", f"{float(line['best_loss']):.4f}",
+                     f"{float(line['best_loss']):.4f} +- {float(line['best_error']):.4f}",
                      line["best_step"], f"{float(line['last_loss']):.4f}",
                      f"{float(line['last_accuracy']):.3f} ({low:.3f} to {high:.3f})"])
-    header = ["`--adapter`", "`--lr`", "`--epochs`", "updates", "loss at first", "lowest loss",
-              "at update", "loss at the end", "accuracy at the end"]
+    header = ["`--adapter`", "`--lr`", "`--epochs`", "updates", "lowest loss", "at update",
+              "loss at the end", "accuracy at the end"]
     return judge.table(header, rows)
 
 
@@ -527,6 +566,7 @@ def main() -> None:
     parser.add_argument("--fold", type=int, choices=range(FOLDS),
                         help="this fold alone, to let other folds run elsewhere at the same time")
     parser.add_argument("--grid", action="store_true", help="compare rates and epochs instead")
+    parser.add_argument("--jobs", type=int, default=1, help="runs of the grid at the same time")
     parser.add_argument("--polite", action="store_true", help="train on polite pairs instead")
     parser.add_argument("--table", action="store_true", help="print the tables, and stop")
     args = parser.parse_args()

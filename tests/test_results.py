@@ -10,6 +10,7 @@ import bugs
 import frontier
 import polite
 import pytest
+import torch
 
 import data
 import results
@@ -83,6 +84,14 @@ def test_scores_and_differences_of_worked_rows():
     assert results.where("22210", "hh--h", "h") == "220"
     # Differences 1, 1, 1, 0.5, -1: mean 0.5, deviation 0.866, 1.96 * 0.866 / sqrt(5) = 0.759.
     assert results.difference("22210", "00002") == "+0.500 +- 0.759"
+
+
+def test_the_loss_of_worked_margins_with_its_interval():
+    """Margins of 10 and -20 nats, beta 0.1: -log sigmoid(1) = 0.3133 and -log sigmoid(-2) = 2.1269.
+    Their deviation is 1.2824, and 1.96 * 1.2824 / sqrt(2) = 1.7773."""
+    loss, error = results.loss_and_error(torch.tensor([10.0, -20.0]), beta=0.1)
+    assert loss == pytest.approx((0.3133 + 2.1269) / 2, abs=1e-4)
+    assert error == pytest.approx(1.7773, abs=1e-3)
 
 
 def test_polite_answers_of_the_test_are_no_answers_of_the_training():
