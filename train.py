@@ -433,7 +433,7 @@ def mean_metrics(window: list[dict[str, float]]) -> dict[str, float]:
 
 
 def choose_machine(config: Config) -> Machine:
-    """The accelerator if there is one, and a number format that is known to be fast on it."""
+    """The accelerator if there is one, and what is known to be fast on it."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if config.dtype != "auto":
         dtype = getattr(torch, config.dtype)
@@ -445,6 +445,10 @@ def choose_machine(config: Config) -> Machine:
         dtype = torch.bfloat16
     else:
         dtype = torch.float32
+
+    # On recent cards PyTorch prefers cuDNN's attention. It makes a plan for each new shape, which
+    # takes a sixth of a second, and hardly two of our batches have the same shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
     # Each grid and each piece is some more calls. A GPU, on which a small model is bound by the
     # calls, gets few large ones; a piece of 8,192 predictions, whose logits fill 1.6 GB, holds most

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import dpo
@@ -149,6 +150,31 @@ def test_an_update_waits_for_the_device_once(device):
     waits = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
     assert len(waits) == (1 if device.type == "cuda" else 0)
     assert not torch.equal(model.wte.weight, before)
+
+
+class Names(TorchDispatchMode):
+    """Keeps the names of the operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_attention_is_cudnns(device):
+    """On an H200 an update took 0.2 s with it in place of 0.05, where the batch's shape was new."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    machine = train.choose_machine(train.Config(dtype="bfloat16"))
+    model = small_model().to(machine.device)
+    batch = one_batch().to(machine.device)
+    with Names() as found, torch.autocast(machine.device.type, machine.dtype):
+        dpo.packed_logps(model, batch).sum().backward()
+    attention = [name for name in found.names if "attention" in name]
+    assert len(attention) == 2 * 2                     # two layers, forward and back
+    assert not any("cudnn" in name for name in attention)
 
 
 def fewer_pairs(monkeypatch, count: int) -> None:

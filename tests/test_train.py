@@ -696,6 +696,13 @@ def test_auto_is_what_a_gpu_computes_natively(capability, expected, monkeypatch)
     assert train.choose_machine(train.parse(["--dtype", "float32"])).dtype == torch.float32
 
 
+def test_no_attention_is_cudnns():
+    """Which is told without a GPU by the switch. tests/test_gpu.py looks at the operations."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    train.choose_machine(train.parse([]))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # Full disks, and too little memory.
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -913,7 +920,9 @@ class Jobs:
         folder = Path(__file__).resolve().parent.parent
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER], cwd=folder, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            stdout=subprocess.PIPE,
+            # No CUDA: it can't be used in a child of a process that has looked for it.
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
         assert self.server.stdout.readline() == "0\n"  # it is ready
 
     def ask(self, job: dict) -> int:
