@@ -170,21 +170,21 @@ def test_the_defaults_are_those_of_the_program():
     assert table("option") == [
         ["`--beta`", str(adapters.beta)],
         ["`--lr`, the peak learning rate of DPO", rates.replace("e-0", "e-")],
-        ["`--batch_pairs`, in an update", str(adapters.batch_pairs)],
+        ["`--batch_pairs`, pairs in an update", str(adapters.batch_pairs)],
         ["`--sft_epochs`, passes over the pairs in SFT", str(adapters.sft_epochs)],
         ["`--epochs`, passes in DPO",
-         f"as many as come nearest to 250 updates, at least {fewest}, at most {most}: "
-         f"{train.epochs_for(1000, 32)} for 1,000 training pairs, {fewest} for all of hh-rlhf"],
+         f"250 divided by the updates of a pass, rounded; at least {fewest}, at most {most} "
+         f"({train.epochs_for(1000, 32)} for 1,000 training pairs, {fewest} for hh-rlhf)"],
         ["`--adapter`, what DPO trains",
          f"`{adapters.adapter}`: the adapters (llama.cpp can't load the result: its MLPs are wider "
          f"than GPT-2's); `none`: all weights"],
         ["`--warmup_share`, the share of the updates during which the rate grows",
          str(adapters.warmup_share)],
-        ["`--vals`, validations during a stage (SFT, then DPO), evenly spaced, beside one before "
-         "its first update",
+        ["`--vals`, how often a stage (SFT, then DPO) is validated, evenly spaced; once more "
+         "before its first update",
          f"{adapters.vals} at most"],
-        ["`--patience`, validations in a row without a new lowest loss, after which a stage ends; "
-         "the weights of the lowest are kept",
+        ["`--patience`: after so many validations in a row that are no new lowest loss, a stage "
+         "ends. The weights of the lowest are kept; they may be those before the first update",
          str(adapters.patience)],
         ["`--resume`", "goes on with a run that was stopped or killed"],
         ["all others", "`python train.py --help` explains them"],
@@ -198,11 +198,11 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
     odds = before / (100 - before) * math.exp(data.DEMO_REWARD)
     optimum = odds / (1 + odds)
     odds = before / (100 - before)
-    text = (f"step 2 multiplies the odds by e^4, from about {before} / {100 - before:.1f} = "
-            f"{odds:.3f} to {odds * math.exp(4):.1f}, which is {optimum:.1%}.")
+    text = (f"step 2 multiplies each prompt's odds by e^4: if all were equal, from {before} / "
+            f"{100 - before:.1f} = {odds:.3f} to {odds * math.exp(4):.1f}, which is {optimum:.1%}.")
     assert text in " ".join(README.split())
     after, count = re.search(r"after  DPO +(\S+)% of (\d+)", README).groups()
-    assert f"The demo's {after}% of {count} answers agrees with that." in " ".join(README.split())
+    assert f"The demo's {after}% of {count} answers agrees." in " ".join(README.split())
     low, high = dpo.wilson_interval(float(after) / 100, int(count))
     assert low < optimum < high
 
