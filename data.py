@@ -272,7 +272,7 @@ class PaddedBatch(NamedTuple):
 
 
 def pad(pairs: list[TokenPair], indices: Sequence[int]) -> PaddedBatch:
-    """The plain batch of these pairs, whose numbers in the data set are `indices` (B,).
+    """The padded batch of these pairs, whose numbers in the data set are `indices` (B,).
 
     >>> batch = pad([TokenPair([10, 11], [20, 21, 99], [30, 99])], indices=[7])
     >>> batch.tokens
@@ -379,7 +379,7 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
     for number, (row, response) in enumerate(zip(all_rows, all_responses, strict=True)):
         # A row has all of the prompt, and all of the response but its last token. So the last
         # len(response) places of the row are the prompt's last token, then the response's own:
-        # each of them predicts the token that comes next.
+        # each of them predicts the token that comes next. (A response is never empty.)
         predicts.append(row[-len(response):])
         owner.append(np.full(len(response), number))
 

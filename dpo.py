@@ -6,7 +6,7 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 2. what goes into it   log-probabilities of responses, by the policy and by the reference
 3. what one watches    rewards, margins, accuracy, and an interval for it
 4. training            the learning rate, one update, one validation, the check before the start;
-                       train_dpo puts all of it together, for a model of your own
+                       train_dpo joins them, all but the validation, for a model of your own
 5. faster              the same log-probabilities without the arithmetic that padding wastes
 6. variants            other losses that have been proposed since
 7. less memory         the last step of section 5, with its derivatives by hand
@@ -46,19 +46,21 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
 
         pi = pi_ref * exp(reward / beta) / Z(prompt)
 
-    where Z makes the probabilities add up to 1. Solved for the reward:
+    where Z makes the probabilities add up to 1. Solved for the reward, this tells for which reward
+    a given policy is the best one:
 
         reward = beta * log(pi / pi_ref) + beta * log Z(prompt)
 
-    People prefer the chosen response, by Bradley and Terry's model, with the probability
+    So there is no need of a reward model: the policy itself can be fitted to what people prefer.
+    They prefer the chosen response, by Bradley and Terry's model, with the probability
 
         sigmoid(reward(chosen) - reward(rejected))
 
     and the loss is its negative log. log Z cancels in it, as both responses have the same prompt.
     What is left of the reward, beta * log(pi / pi_ref), is called the implicit reward.
 
-    Returns the loss and the implicit rewards of both responses, (B,) each. These are for logging,
-    so they carry no gradient.
+    Returns the loss and the implicit rewards of both responses, (B,) each. The rewards are for
+    logging, so they carry no gradient.
 
     >>> logp = torch.tensor([-3.0])
     >>> loss, _, _ = dpo_loss(logp, logp, logp, logp, beta=0.1)
@@ -78,7 +80,7 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     """log pi(response | prompt) of every row, (R,), in nats.
 
     model: any causal language model, as a function from tokens (R, T) to logits (R, T, V).
-    tokens (R, T) int64: in each row a prompt, then a response, then padding.
+    tokens (R, T) int64: in each row a prompt (of one token at least), a response, then padding.
     mask (R, T) bool: True on the tokens of the response.
 
     A token is predicted at the position before it: the first token of a response at the prompt's
@@ -86,7 +88,7 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     no real token sees it. What is predicted of the prompt and of the padding is dropped, by `mask`.
     """
     logits = model(tokens[:, :-1])                     # (R, T-1, V): position t predicts token t+1
-    logits = at_least_float32(logits)                  # a sum over tokens needs the precision
+    logits = at_least_float32(logits)                  # so that sums lose nothing more
     targets = tokens[:, 1:]                            # (R, T-1): the tokens that came
     is_response = mask[:, 1:]                          # (R, T-1): which of them count
 
@@ -123,7 +125,7 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
             return sequence_logps(model, batch.tokens, batch.mask)
 
     batches: of the pairs of the data set; batch.indices (B,) int64 are the pairs' numbers in it, 0
-    to pair_count - 1. A pair that is in no batch gets nan, and an update with it would be skipped.
+    to pair_count - 1. A pair that is in no batch gets nan, and train_step skips an update with it.
     """
     table = torch.full((2, pair_count), math.nan)
     for batch in batches:
@@ -226,7 +228,6 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     last = total_steps - 1
     if last <= warmup_steps:                                      # no room, and no division by 0
         return peak
-    step = min(step, last)                                        # after the end, the rate stays
     done = (step - warmup_steps) / (last - warmup_steps)          # from 0 to 1
     height = (1 + math.cos(math.pi * done)) / 2                   # from 1 to 0
     return peak * (final + (1 - final) * height)
@@ -332,9 +333,9 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
 
     "Equal" allows for rounding: the mean of |policy - reference| may be 4 * eps * the mean of
     |reference|, with float32's eps, 1.2e-7. For logps near -150 that is 0.00007 nats. It leaves
-    room for the sum over a response's tokens, which is in float32, and which some devices make in a
-    changing order. All that comes before it, in bfloat16 too, is rounded in the same way each time.
-    Faults make far larger differences. (4 is our choice; 2 or 10 would do as well.)
+    room for a logps_of of your own whose sums, in float32, a GPU makes in a changing order.
+    packed_logps says the same each time, in bfloat16 too. Faults make far larger differences. (4 is
+    our choice; 2 or 10 would do as well.)
     """
     difference = (policy_logps - reference_logps).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference_logps.abs().mean().item()
@@ -418,11 +419,11 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 # In a packed batch the tokens stand in one line: each prompt once, then its two responses. Say a
 # prompt has 3 tokens (p), its chosen response 4 (c), and the rejected one 2 (r). The last token of
 # a response is left out of the line: it is predicted, but nothing is predicted from it. Padded rows
-# lose their last column alone, for the same reason. So a model reads, with x for the last token of
-# the rejected response and for padding, from which nothing is wanted:
+# lose their last column alone, for the same reason. So a model reads (x is the last token of the
+# rejected response, the dot is padding):
 #
 #     padded rows    p p p c c c           one line    p p p c c c r
-#                    p p p r x x
+#                    p p p r x .
 #
 # Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and
 # computes none of these three things. Only attention needs rows, in which r doesn't see c. So
@@ -492,7 +493,8 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     Attention's results y (4, 4, C) go back to the line by y.flatten(0, 1)[to_line] (7, C): to_line
     says for each place of the line in which cell it stands, of the grid's 16 cells, row by row. A
     place of a prompt stands in two. Both have the same result, as a prompt sees only itself, and
-    the later one is taken: cell 8 for place 0, cell 9 for place 1.
+    that of the later cell is taken: cell 8 for place 0, cell 9 for place 1. The earlier cell is
+    needed, too: the chosen response sees it, and by this sends its gradient to the prompt.
 
     >>> batch.to_line
     tensor([ 8,  9,  2,  3, 10, 12, 13])
@@ -521,19 +523,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     hidden = model.packed_hidden(batch.tokens, batch.positions, batch.to_rows, batch.to_line)
     hidden = hidden.index_select(0, batch.predicts)    # (N, C) -> (M, C): what predicts a response
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
-
-    # Against rounding; skip it at first reading. GPT-2's logits lie near -100, where bfloat16's
-    # steps are 0.5; near 0 the steps are fine. A softmax stays the same if all its logits are moved
-    # by the same number. So we subtract from each prediction's logits, h . head[token], their mean,
-    # h . mean_row:
-    #
-    #     h . head[token] - h . mean_row  =  h . (head[token] - mean_row)
-    #
-    # With any other row in the place of mean_row, all log p would be the same. So the derivative by
-    # it is 0 (-h by the target's logit, and +h by the log of the sum), and need not be computed:
-    # detach.
-    mean_row = head.detach().mean(0)                   # (C,)
-    head = head - mean_row
+    head = minus_mean_row(head)                        # the same log p, with finer rounding
 
     # TargetLogps has a backward pass of its own, into which autocast does not reach. So what it
     # gets, and keeps for that pass, has autocast's format already: else its products would be in
@@ -555,9 +545,26 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     # Each response's sum over its own tokens. (index_add would do the same. But a GPU adds there in
     # any order, and a model asked twice would give two results: at the start the rewards would not
     # be 0, and half of them above 0.)
-    responses = torch.arange(len(batch.response_lengths), device=logps.device)
+    response_count = len(batch.response_lengths)       # 2B
+    responses = torch.arange(response_count, device=logps.device)
     is_own = responses[:, None] == batch.owner         # (2B, M)
     return torch.where(is_own, logps, 0.0).sum(1)      # (2B,)
+
+
+def minus_mean_row(head: Tensor) -> Tensor:
+    """The head (V, C) with its mean row taken from each row: it gives the same log p.
+
+    It is for bfloat16. GPT-2's logits lie near -100, where bfloat16's steps are 0.5; near 0 the
+    steps are fine. A softmax stays the same if all its logits are moved by the same number. So here
+    the logits of each prediction h, which are h . head[token], are moved by their mean:
+
+        h . head[token] - h . mean_row  =  h . (head[token] - mean_row)
+
+    Any other row in the place of mean_row would give the same log p. So the derivative by mean_row
+    is 0, and autograd need not compute it: detach.
+    """
+    mean_row = head.detach().mean(0)                   # (C,)
+    return head - mean_row
 
 
 # 6. Variants of the loss ------------------------------------------------------------------------

@@ -30,31 +30,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2, under the names of its config.json. The defaults are the 124M model.
-
-    Raises ValueError for a value of the wrong type, for one that is not above 0 or is absurdly
-    large, and where n_head does not divide n_embd.
-    """
+    """The shape of a GPT-2, under the names of its config.json. The defaults are the 124M model."""
     n_layer: int = 12
-    n_head: int = 12
+    n_head: int = 12               # divides n_embd
     n_embd: int = 768
     n_positions: int = 1024        # the context: the longest row, in tokens
     vocab_size: int = 50257
     n_inner: int = 3072            # the neurons of an MLP
     layer_norm_epsilon: float = 1e-5
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not field.type:          # isinstance would take True for an int
-                raise ValueError(f"{field.name} is {value!r}, expected {field.type.__name__}")
-            # A config.json may come from anybody. An absurd number is refused here, by its name.
-            if not 0 < value < 2**31:
-                raise ValueError(f"{field.name} is {value}, expected a number above 0 and below "
-                                 f"{2**31}")
-        if self.n_embd % self.n_head != 0:
-            raise ValueError(f"n_embd is {self.n_embd}, expected a multiple of n_head, which is "
-                             f"{self.n_head}")
 
 
 class CausalSelfAttention(nn.Module):
@@ -441,12 +424,12 @@ def add_adapters(model: GPT2, kind: str = "parallel", width: int = 64,
             adapter = new_adapter(model, width)
             nn.init.zeros_(adapter.c_proj.weight)      # its bias is 0 already
             block.mlp = MLPWithAdapter(block.mlp, adapter)
-    elif kind == "replace" and init == "scratch":
+    else:
         for block in model.h:
-            block.mlp = new_adapter(model, width)
-    elif kind == "replace":
-        replace_by_strongest(model, width)
-    if kind == "replace":
+            if init == "scratch":
+                block.mlp = new_adapter(model, width)
+            else:
+                block.mlp = strongest_neurons(block.mlp, width)
         model.config = dataclasses.replace(config, n_inner=width)
     return model
 
@@ -460,48 +443,22 @@ def new_adapter(model: GPT2, width: int) -> MLP:
 
 
 @torch.no_grad()
-def replace_by_strongest(model: GPT2, width: int) -> None:
-    """Replace each MLP by its `width` strongest neurons, on text that the model itself writes."""
-    config = model.config
-    length = min(128, config.n_positions)
-    start = [[config.vocab_size - 1]] * 64             # 64 prompts, each the end-of-text token
-    text = generate(model, start, length - 1, end_token=-1)      # -1: no token ends a text
-    tokens = torch.tensor(text, device=model.wte.weight.device)    # (64, length - 1)
+def strongest_neurons(mlp: MLP, width: int) -> MLP:
+    """A new MLP of the `width` neurons of `mlp` with the largest weights, in their old order.
 
-    # Go through the model layer by layer, to see what each MLP reads. The old MLPs stay in use for
-    # this: the neurons that are strong there are those that the pretrained model relies on.
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    x = model.wte(tokens) + model.wpe(positions)
-    for block in model.h:
-        x = x + block.attn(block.ln_1(x))
-        inputs = block.ln_2(x)
-        x = x + block.mlp(inputs)
-        block.mlp = strongest_neurons(block.mlp, inputs, width)
-
-
-@torch.no_grad()
-def strongest_neurons(mlp: MLP, inputs: Tensor, width: int) -> MLP:
-    """A new MLP of the `width` neurons of `mlp` that write most, given its inputs (..., C).
-
-    A neuron writes its value, which depends on the input, times its column of c_proj.weight. So its
-    strength is the root mean square of its values, times the length of its column. What the other
-    neurons write on average goes into the bias. With all neurons the new MLP computes what `mlp`
-    does.
+    A neuron reads by its row of c_fc.weight, and writes by its column of c_proj.weight. So its
+    strength is taken to be the product of their lengths. SFT has to make up for the other neurons.
     """
-    values = F.gelu(mlp.c_fc(inputs), approximate="tanh").flatten(0, -2)    # (inputs, n_inner)
-    columns = mlp.c_proj.weight                                             # (C, n_inner)
-    strength = values.square().mean(0).sqrt() * columns.norm(dim=0)         # (n_inner,)
-    order = strength.argsort(descending=True)
+    reads = mlp.c_fc.weight.norm(dim=1)                # (n_inner,)
+    writes = mlp.c_proj.weight.norm(dim=0)             # (n_inner,)
+    order = (reads * writes).argsort(descending=True)
     kept = order[:width].sort().values
-    others = order[width:]
 
-    n_embd = len(columns)
-    small = MLP(n_embd, width).to(device=columns.device, dtype=columns.dtype)
+    small = MLP(len(mlp.c_proj.bias), width).to(device=reads.device, dtype=reads.dtype)
     small.c_fc.weight.copy_(mlp.c_fc.weight[kept])
     small.c_fc.bias.copy_(mlp.c_fc.bias[kept])
-    small.c_proj.weight.copy_(columns[:, kept])
-    mean_of_others = values[:, others].mean(0)                              # (n_inner - width,)
-    small.c_proj.bias.copy_(mlp.c_proj.bias + columns[:, others] @ mean_of_others)
+    small.c_proj.weight.copy_(mlp.c_proj.weight[:, kept])
+    small.c_proj.bias.copy_(mlp.c_proj.bias)
     return small
 
 
@@ -583,7 +540,11 @@ def find_weights(name_or_path: str | Path) -> Path:
 
 
 def read_config(path: Path) -> GPT2Config:
-    """The GPT2Config of a config.json. ValueError for a setting that this code doesn't compute."""
+    """The GPT2Config of a config.json, which may come from anybody.
+
+    Raises ValueError for a setting that this code doesn't compute, for a number that is no number
+    or is absurd, and where n_head does not divide n_embd.
+    """
     settings = json.loads(path.read_bytes())
     for name, known in ASSUMED.items():
         value = settings.get(name, known[0])
@@ -595,6 +556,17 @@ def read_config(path: Path) -> GPT2Config:
         shape[field.name] = settings.get(field.name, field.default)
     if settings.get("n_inner") is None:
         shape["n_inner"] = 4 * shape["n_embd"]
+
+    for field in fields(GPT2Config):
+        value = shape[field.name]
+        if type(value) is not field.type:              # isinstance would take True for an int
+            raise ValueError(f"{field.name} is {value!r}, expected {field.type.__name__}")
+        if not 0 < value < 2**31:
+            raise ValueError(f"{field.name} is {value}, expected a number above 0 and below "
+                             f"{2**31}")
+    if shape["n_embd"] % shape["n_head"] != 0:
+        raise ValueError(f"n_embd is {shape['n_embd']}, expected a multiple of n_head, which is "
+                         f"{shape['n_head']}")
     return GPT2Config(**shape)
 
 

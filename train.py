@@ -116,7 +116,7 @@ class Config:
     save_every: int = option(100, "updates between two saves; there is one after each validation")
 
     def __post_init__(self) -> None:
-        if self.lr == 0:
+        if self.lr == 0:           # first: the checks below want a rate above 0
             self.lr = 1e-3 if self.adapter == "parallel" else 1e-5
 
         may_be_0 = ("seed", "sft_epochs", "epochs", "sft_coef", "label_smoothing", "warmup_share")
@@ -211,7 +211,7 @@ def train(config: Config) -> int:
     if config.adapter == "replace":
         add_adapters(model, "replace", config.adapter_width, config.adapter_init)
     sft_splits = splits
-    if config.demo:                                    # half of them show the rejected answers
+    if config.demo:                                    # SFT shall not teach which one is chosen
         sft_splits = half_swapped(splits)
     sft_is_done = run.saved.get("stage") == "dpo"      # the run was stopped in DPO, and is resumed
     if not sft_is_done:
@@ -345,10 +345,9 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     # updates and val_every 4, V for a validation and u for an update: V uuuu V uuuu V uuuu V. The
     # first one counts, too: so the best weights may be those that the stage began with.
     #
-    # A save follows each validation, and each save_every updates, unless a validation comes there.
-    # A killed run goes on from its last save, and does what came after it once more, with the same
-    # numbers but for the clock's. Where a validation was due at that save, the save came after it.
-    # So it isn't due again.
+    # There is a save after each validation; and after each save_every updates, unless a validation
+    # is due there, with its own save. So a save never comes before something that is due: a run
+    # that goes on from its last save begins with an update.
     val_is_due = not resumed
     while True:
         step = state.step

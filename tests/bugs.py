@@ -66,9 +66,9 @@ BUGS = [
     Bug("end of text masked", "end-of-text is left out of the sum, as it is also used for padding",
         "trl PR #6357",
         "tests/test_dpo.py::test_the_end_of_text_token_counts",
-        [("dpo.py", "    responses = torch.arange(len(batch",
+        [("dpo.py", "    response_count = len(",
           "    logps = logps.masked_fill(batch.targets == len(head) - 1, 0.0)\n"
-          "    responses = torch.arange(len(batch")]),
+          "    response_count = len(")]),
     Bug("first token lost", "the first token of each response is left out of the sum",
         "minimind #395",
         "tests/test_data.py::test_a_worked_batch",

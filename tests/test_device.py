@@ -122,9 +122,8 @@ def test_a_forward_with_a_kv_cache_stays_on_the_device(kind):
 
 
 def test_strongest_neurons_and_merged_mlps_are_made_on_the_device():
-    """They are drawn on the CPU, and moved."""
     model = on_meta("parallel")
-    small = strongest_neurons(model.h[0].mlp.mlp, torch.zeros(5, 8, device="meta"), width=3)
+    small = strongest_neurons(model.h[0].mlp.mlp, width=3)
     merged = merge_adapters(model)
     for made in (small, merged):
         assert {weight.device.type for weight in made.state_dict().values()} == {"meta"}

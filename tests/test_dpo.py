@@ -586,7 +586,6 @@ def test_the_rate_is_exact_where_it_can_be_worked():
     assert rate(9) == pytest.approx((8.0 + 0.8) / 2, rel=1e-15)
     assert rate(14) == pytest.approx(0.8, rel=1e-15)
     assert rate(6) == pytest.approx(0.8 + 7.2 * (1 + math.cos(math.pi / 5)) / 2, rel=1e-15)
-    assert rate(99) == rate(14)
     assert rate(14, final=0.0) == 0.0
     assert dpo.cosine_lr(0, 8.0, 0, 5) == 8.0
     assert dpo.cosine_lr(0, 8.0, 1, 1) == 8.0
