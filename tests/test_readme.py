@@ -180,11 +180,11 @@ def test_the_defaults_are_those_of_the_program():
          f"than GPT-2's); `none`: all weights"],
         ["`--warmup_share`, the share of the updates during which the rate grows",
          str(adapters.warmup_share)],
-        ["`--vals`, how often a stage (SFT, then DPO) is validated, evenly spaced; once more "
+        ["`--vals`, validations of a stage (SFT, then DPO), evenly spaced; there is one more "
          "before its first update",
          f"{adapters.vals} at most"],
-        ["`--patience`: after so many validations in a row that are no new lowest loss, a stage "
-         "ends. The weights of the lowest are kept; they may be those before the first update",
+        ["`--patience`: a stage ends early after so many validations in a row without a new lowest "
+         "loss. The weights with the lowest are kept; they may be those before the first update",
          str(adapters.patience)],
         ["`--resume`", "goes on with a run that was stopped or killed"],
         ["all others", "`python train.py --help` explains them"],
@@ -198,7 +198,7 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
     odds = before / (100 - before) * math.exp(data.DEMO_REWARD)
     optimum = odds / (1 + odds)
     odds = before / (100 - before)
-    text = (f"step 2 multiplies each prompt's odds by e^4: if all were equal, from {before} / "
+    text = (f"So step 2 multiplies each prompt's odds by e^4: if all were equal, from {before} / "
             f"{100 - before:.1f} = {odds:.3f} to {odds * math.exp(4):.1f}, which is {optimum:.1%}.")
     assert text in " ".join(README.split())
     after, count = re.search(r"after  DPO +(\S+)% of (\d+)", README).groups()
