@@ -421,7 +421,7 @@ def make_grids(rows: list[np.ndarray], length: int,
     gradients to the same place of the line, where they add up.
     """
     if count > 1:
-        rows = sorted(rows, key=len)   # in any order: predicts and owner speak of the line
+        rows = sorted(rows, key=len)   # in any order: nothing else asks where a row is
     group_size = math.ceil(len(rows) / count)
     to_rows = []
     to_line = np.zeros(length, np.int64)
@@ -482,8 +482,7 @@ def micro_batches(pairs: list[TokenPair], indices: np.ndarray, micro_pairs: int,
                   grid_count: int) -> Iterator[PackedBatch]:
     """The pairs at these places, sorted by length, in batches of up to micro_pairs.
 
-    The length is of the prompt and both responses, for SFT, too: so both stages have the same
-    micro-batches.
+    A pair's length is that of its prompt and both responses.
     """
     lengths = []
     for index in indices:

@@ -7,7 +7,7 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 3. what one watches    rewards, margins, accuracy, and an interval for it
 4. training            the learning rate, one update, one validation, the check before the start;
                        train_dpo joins them, all but the validation, for a model of your own
-5. faster              the same log-probabilities without the arithmetic that padding wastes
+5. faster              the same log-probabilities without the arithmetic that padded rows waste
 6. variants            other losses that have been proposed since
 7. less memory         the last step of section 5, with its derivatives by hand
 
@@ -39,7 +39,7 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
 
     The log of a ratio is a difference of two logs, and the logs are what this function takes. The
     first four arguments are (B,): log pi(response | prompt) in nats, summed over the tokens of the
-    response. `policy` is the model that trains, `reference` the same model before its first update.
+    response. `policy` is the model that trains, `reference` the same model before DPO began.
     beta is the price of leaving the reference: the weight of the KL term in the paper's objective,
     mean reward - beta * KL(pi || pi_ref). The larger beta is, the closer the policy stays. The best
     policy for this objective is (equation 4)
@@ -88,14 +88,14 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     no real token sees it. What is predicted of the prompt and of the padding is dropped, by `mask`.
     """
     logits = model(tokens[:, :-1])                     # (R, T-1, V): position t predicts token t+1
-    logits = at_least_float32(logits)                  # so that sums lose nothing more
+    logits = at_least_float32(logits)                  # softmax and sum in float32
     targets = tokens[:, 1:]                            # (R, T-1): the tokens that came
     is_response = mask[:, 1:]                          # (R, T-1): which of them count
 
     all_logps = logits.log_softmax(-1)                                     # (R, T-1, V)
     token_logps = all_logps.gather(-1, targets[:, :, None]).squeeze(-1)    # (R, T-1)
-    # Filled, not multiplied by the mask: a model may give the padding's token a logit of -inf, and
-    # -inf * 0 is nan.
+    # Filled, not multiplied by 0: if a model gives the padding's token a logit of -inf, -inf * 0
+    # would be nan.
     token_logps = token_logps.masked_fill(~is_response, 0.0)
     return token_logps.sum(-1)                         # a sum, not a mean: of a whole response
 
@@ -302,7 +302,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     if finite:
         optimizer.step()
     if scaler is not None:
-        scaler.update()                                # a smaller number, if a gradient was inf
+        scaler.update()                                # a smaller number, if unscale_ found an inf
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -349,7 +349,7 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
 
 def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.1,
               peak: float = 1e-5) -> list[dict[str, float]]:
-    """All of it together: DPO of a model of your own, with an update for each batch of each epoch.
+    """DPO of a model of your own, from the parts above: an update for each batch of each epoch.
 
     model: from tokens (R, T) to logits (R, T, V), as the GPT2 of model.py is. A model of
     `transformers` returns more than logits, so it needs a wrapper:
@@ -492,9 +492,10 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
 
     Attention's results y (4, 4, C) go back to the line by y.flatten(0, 1)[to_line] (7, C): to_line
     says for each place of the line in which cell it stands, of the grid's 16 cells, row by row. A
-    place of a prompt stands in two. Both have the same result, as a prompt sees only itself, and
-    that of the later cell is taken: cell 8 for place 0, cell 9 for place 1. The earlier cell is
-    needed, too: the chosen response sees it, and by this sends its gradient to the prompt.
+    place of a prompt stands in two. Both have the same result (but for rounding), as a prompt sees
+    only itself, and the later cell's is taken: cell 8 for place 0, 9 for place 1, 12 for place 5.
+    The earlier cell is needed, too: the chosen response sees it, and by this sends its gradient to
+    the prompt.
 
     >>> batch.to_line
     tensor([ 8,  9,  2,  3, 10, 12, 13])
@@ -687,7 +688,7 @@ class TargetLogps(torch.autograd.Function):
             d_hidden = (grad[:, None] * slopes).to(hidden.dtype)             # (M, C)
         d_head = None
         if head_trains:
-            # Products are in the number format of hidden, their sum is in float32.
+            # Products are in the number format of hidden, their sum in float32 at least.
             weighted = (grad[:, None] * hidden).to(hidden.dtype)             # (M, C)
             d_head = torch.zeros_like(head, dtype=grad.dtype)                # (V, C)
             pieces = zip(hidden.split(ctx.piece), weighted.split(ctx.piece),

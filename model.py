@@ -246,7 +246,8 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
 
     An answer ends with end_token, which it then holds, or where stop(ids of the answer) is true, or
     at max_tokens. temperature 0 takes the likeliest token, 1 samples from the model as it is.
-    top_p: see sample. The same seed gives the same answers; torch's own generator is left alone.
+    top_p: see sample. On one machine the same seed gives the same answers. torch's own
+    generator is left alone.
     Raises ValueError for an empty prompt, and if a prompt with its answer exceeds the context.
     """
     config = model.config

@@ -194,16 +194,16 @@ def train(config: Config) -> int:
     def dpo_loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
         logps = logps_of(model, batch)
         metrics = dpo.dpo_metrics(logps, batch.reference_logps, config.beta)
-        if config.loss == "sigmoid" and config.label_smoothing == 0:
-            loss = metrics["loss"]                     # equation 7
-        else:
-            loss = dpo.variant_loss(logps, batch.reference_logps, batch.response_lengths,
-                                    config.beta, config.loss, config.label_smoothing)
+        # metrics["loss"] is equation 7. It stays, unless the options ask for something else.
+        if config.loss != "sigmoid" or config.label_smoothing > 0:
+            metrics["loss"] = dpo.variant_loss(
+                logps, batch.reference_logps, batch.response_lengths, config.beta, config.loss,
+                config.label_smoothing)
         if config.sft_coef > 0:
             chosen, _ = logps.chunk(2)
             chosen_lengths, _ = batch.response_lengths.chunk(2)
-            loss = loss + config.sft_coef * dpo.sft_loss(chosen, chosen_lengths)
-        metrics["loss"] = loss
+            sft_loss = dpo.sft_loss(chosen, chosen_lengths)
+            metrics["loss"] = metrics["loss"] + config.sft_coef * sft_loss
         return metrics
 
     # SFT: all weights learn to write like the chosen answers. With 0 epochs the model is only
@@ -341,36 +341,30 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     started = time.perf_counter()
     speeds = []                                        # tokens a second, since the last log line
 
-    # Validation: before the first update, every val_every updates, and after the last. With 12
-    # updates and val_every 4, V for a validation and u for an update: V uuuu V uuuu V uuuu V. The
-    # first one counts, too: so the best weights may be those that the stage began with.
-    #
-    # There is a save after each validation; and after each save_every updates, unless a validation
-    # is due there, with its own save. So a save never comes before something that is due: a run
-    # that goes on from its last save begins with an update.
-    val_is_due = not resumed
-    while True:
-        step = state.step
-        if val_is_due:
-            val_batches = eval_batches(splits["val"], config, machine, reference_tables.get("val"),
-                                       sides)
-            metrics = dpo.val_step(model, val_batches, loss_function)
-            if metrics["loss"] < state.best_loss:      # at first it is infinite
-                state.best_loss = metrics["loss"]
-                state.best_step = step
-                state.worse_in_a_row = 0
-                save_pretrained(model, best_folder)
-            else:
-                state.worse_in_a_row += 1
-            metrics |= {"best": state.best_loss, "best_step": state.best_step}
-            log(run, "val", stage, step, total_steps, metrics)
-            save_last(run, stage, model, optimizer, scaler, reference_tables, state)
-        if step == total_steps or state.worse_in_a_row == config.patience:
-            break
+    def validate() -> None:
+        """Validate, keep the weights if they are the best so far, and save the state."""
+        val_batches = eval_batches(splits["val"], config, machine, reference_tables.get("val"),
+                                   sides)
+        metrics = dpo.val_step(model, val_batches, loss_function)
+        if metrics["loss"] < state.best_loss:          # at first it is infinite
+            state.best_loss = metrics["loss"]
+            state.best_step = state.step
+            state.worse_in_a_row = 0
+            save_pretrained(model, best_folder)
+        else:
+            state.worse_in_a_row += 1
+        metrics |= {"best": state.best_loss, "best_step": state.best_step}
+        log(run, "val", stage, state.step, total_steps, metrics)
+        save_last(run, stage, model, optimizer, scaler, reference_tables, state)
 
+    # With 12 updates and val_every 4, V for a validation and u for an update, a stage is
+    # V uuuu V uuuu V uuuu V. The best weights may be those of the first V, before any update.
+    if not resumed:
+        validate()
+    while state.step < total_steps and state.worse_in_a_row < config.patience:
         # One update.
         micro_batches = [batch.to(machine.device) for batch in next(updates)]
-        lr = dpo.cosine_lr(step, peak_lr, warmup_steps, total_steps)
+        lr = dpo.cosine_lr(state.step, peak_lr, warmup_steps, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         begun = time.perf_counter()
@@ -380,7 +374,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         seconds = time.perf_counter() - begun
         tokens = sum(batch.tokens.numel() for batch in micro_batches)
         speeds.append(tokens / seconds)
-        state.step = step + 1
+        state.step += 1
 
         # An update without a finite loss and gradient changed nothing. Keep it out of the means.
         if metrics["skipped"] == 1:
@@ -409,8 +403,12 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
             log(run, "train", stage, state.step, total_steps, line)
             state.window = []
             speeds = []
-        val_is_due = state.step % val_every == 0 or state.step == total_steps
-        if not val_is_due and state.step % config.save_every == 0:
+
+        # A save never comes before a validation that is due. So a run that goes on from its last
+        # save has nothing to make up for, and begins with the next update.
+        if state.step % val_every == 0 or state.step == total_steps:
+            validate()                                 # it ends with a save
+        elif state.step % config.save_every == 0:
             save_last(run, stage, model, optimizer, scaler, reference_tables, state)
 
     why = "all updates were made"
@@ -532,8 +530,8 @@ def half_swapped(splits: dict[str, list[data.TokenPair]]) -> dict[str, list[data
 
 
 def eval_batches(pairs: list[data.TokenPair], config: Config, machine: Machine,
-                reference_table: Tensor | None = None,
-                sides: tuple[str, ...] = data.SIDES) -> Iterator[data.PackedBatch]:
+                 reference_table: Tensor | None = None,
+                 sides: tuple[str, ...] = data.SIDES) -> Iterator[data.PackedBatch]:
     """Each pair once, in batches on the device, the same ones at each call.
 
     For validation, the reference, and the test.

@@ -148,7 +148,7 @@ BUGS = [
     Bug("rate of 0 for ever", "the warm-up begins at 0, and the scheduler never steps",
         "trl #1627 (symptom)",
         "tests/test_fit.py::test_the_rate_is_what_the_optimizer_uses",
-        [("train.py", "lr = dpo.cosine_lr(step, peak_lr", "lr = dpo.cosine_lr(0, peak_lr"),
+        [("train.py", "lr = dpo.cosine_lr(state.step, peak_lr", "lr = dpo.cosine_lr(0, peak_lr"),
          ("dpo.py", "peak * (step + 1) / warmup_steps", "peak * step / warmup_steps")]),
     Bug("frozen weights",
         "the last layer of an adapter, which is 0, does not train, so only biases do",
