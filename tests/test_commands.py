@@ -31,7 +31,7 @@ NOT_HERE = {
     "!python train.py": "tests/test_hub.py runs it",
     "uv run train.py": "tests/test_hub.py runs it, not set up by uv",
     'transformers.pipeline("text-generation", model="out/best")': "tests/test_hub.py runs it",
-    
+
 }
 # The others, in an order in which each finds what it needs; and what the screen then shows.
 HERE = {
