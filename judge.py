@@ -106,11 +106,11 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     """
     def asks_again(ids: list[int]) -> bool:
         """Did the newest token complete "\\n\\nHuman:"? ids: of the answer, without the prompt."""
-        # "\n\nHuman:" has 8 characters, and each of its tokens holds at least one of them: so it
-        # stands in the last 8 tokens, if the newest one completed it.
+        # The 8 characters of "\n\nHuman:" are in 8 tokens at most. So the last 8 tell.
         return data.HUMAN in encoding.decode(ids[-8:])
 
-    # Prompt and answer must fit into the context together. An answer gets at most half of it.
+    # Prompt and answer must fit into the context together. An answer gets at most half of it, and
+    # [-n:] keeps the end of a prompt.
     context = gpt2.config.n_positions
     max_tokens = min(sampling.max_tokens, context // 2)
     prompt_limit = min(max_prompt_tokens, context - max_tokens)
@@ -140,9 +140,9 @@ def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
     The order doesn't depend on count: with a larger one, the first pairs stay the same.
     """
     if options["pairs"]:
-        # A file of own pairs has no test file beside it: test=[]. So train.py held a part out, by
-        # the hash of the prompt. This is the same part.
-        own_pairs, _ = data.read_pairs(options["pairs"])          # _: how many rows were dropped
+        # A file of own pairs has no test file beside it: test=[]. So train.py held a part out. This
+        # repeats its split, which depends on the prompts and the shares alone.
+        own_pairs, _ = data.read_pairs(options["pairs"])          # _: counts of what was dropped
         splits, _ = data.split(own_pairs, test=[], val_share=options["val_share"],
                                test_share=options["test_share"])
         pairs = splits["test"]
@@ -166,7 +166,8 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
 
     An answer in the file counts if it is of the same weights and was sampled with the same
     settings. What is missing is sampled in blocks. The seed of a block is sampling.seed plus the
-    number of answers that the model has by then: so each block draws random numbers of its own.
+    number of answers that the model has by then, so that no two blocks of a model draw the same
+    random numbers. So what is sampled depends on what was kept before, too.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -274,7 +275,8 @@ def ask_for_line(prompt: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text, with "?" for what can't be printed, such as codes that move the cursor."""
+    """The text, with "?" for codes that control a terminal, and for all that Python doesn't print.
+    """
     safe_text = ""
     for character in text:
         if character.isprintable() or character == "\n":
@@ -282,6 +284,12 @@ def printable(text: str) -> str:
         else:
             safe_text += "?"
     return safe_text
+
+
+def without_surrogates(text: str) -> str:
+    """The text, with "?" for each lone surrogate: half a character, as JSON may hold it. It can't
+    be written to a file, and some servers refuse it."""
+    return text.encode("utf-8", "replace").decode()
 
 
 # 3. Compare -------------------------------------------------------------------------------------
@@ -296,8 +304,8 @@ class Verdict(NamedTuple):
     score: 1 if the first answer is better, 0 if the second is, 1/2 for a draw. None if a letter
     is missing: the judge's answer can't be read, or the server refused the question.
     letters: what the judge said when the first answer stood as A, and then when it stood as B. So
-    ("A", "B") is twice for the first answer. () if no judge was asked: for equal answers, and where
-    a person decides.
+    ("A", "B") names the first answer both times. () if no judge was asked: for equal answers, and
+    where a person decides.
     """
     score: float | None
     letters: tuple[str | None, ...]
@@ -333,8 +341,7 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
     None if the person stops. No name is shown. One order is enough here, as it is random: a liking
     for a position favors neither model. The same seed and prompt give the same order.
     """
-    # "replace": a lone surrogate, half a character as JSON may hold it, becomes "?".
-    generator = random.Random(f"{seed} {prompt}".encode("utf-8", "replace"))
+    generator = random.Random(without_surrogates(f"{seed} {prompt}"))
     answer_is_a = generator.random() < 0.5
     if answer_is_a:
         a, b = answer, other
@@ -362,12 +369,11 @@ def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | 
 def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     """How often the answer is better: the mean score over prompts, and its 95% interval.
 
-    Verdicts without a score are counted as "unreadable", and left out of the rate. "rate", "low"
-    and "high" are None without verdicts, and for a judge that was asked and could never be read.
-    "prompts" counts them too: the rate is over prompts - unreadable. "letter A" is the share of A
-    among the judge's letters, where it gave both. A judge that goes by the answers alone says A in
-    one order and B in the other, so it has 1/2 there. With draws the interval is wider than it need
-    be: see dpo.wilson_interval.
+    Verdicts without a score are counted as "unreadable", and left out of the rate, which is over
+    prompts - unreadable. "rate", "low" and "high" are None if there are no verdicts, or if a judge
+    was asked and could never be read. "letter A" is the share of A among the judge's letters, where
+    it gave both. A judge that goes by the answers alone says A in one order and B in the other, so
+    it has 1/2 there. With draws, which vary less, the interval is wider than it need be.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []
@@ -385,10 +391,11 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
         "letter A": None,
     }
     # Say 3 pairs of answers are equal, of which no judge is asked, and the judge can't be read on
-    # the other 97. The 3 draws would give a rate of 0.5, as if it had judged.
-    read = [verdict for verdict in verdicts if verdict.letters and verdict.score is not None]
-    never_read = unreadable > 0 and len(read) == 0
-    if scores and not never_read:
+    # the other 97. The 3 draws would give a rate of 0.5, as if it had judged. (A person gives no
+    # letters, but no unreadable verdict either.)
+    judged = [verdict for verdict in verdicts if verdict.letters and verdict.score is not None]
+    could_never_be_read = unreadable > 0 and len(judged) == 0
+    if scores and not could_never_be_read:
         rate = statistics.fmean(scores)
         summary["rate"] = rate
         summary["low"], summary["high"] = dpo.wilson_interval(rate, len(scores))
@@ -478,7 +485,7 @@ ADVICE = {
     403: "set JUDGE_API_KEY",
     404: "see whether --judge is a model of that server (`ollama pull llama2`), and --url its "
          "address",
-    429: "the server limits how often one may ask: run again later",
+    429: "the server limits how often one may ask: run again later",       # after TRIES times
 }
 
 
@@ -496,9 +503,10 @@ class Judge:
         address = url.rstrip("/").removesuffix("/v1")  # with or without /v1 at its end
         self.url = f"{address}/v1/chat/completions"
         self.name = name
-        self.explain = explain
+        self.form = FORM_WITH_REASON if explain else FORM
+        self.max_tokens = 256 if explain else 32       # a sentence of reasons, or the letter alone
         self.path = path
-        self.answered = {}     # question -> its line of the file, whether it could be read or not
+        self.answered = {}     # question -> its line of the file, whose letter may be None
         self.refusals = []     # why questions were refused in this run
         for line in repair_and_read(path, "judge", "question", "letter", "model",
                                     "question_cut"):
@@ -525,7 +533,7 @@ class Judge:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
 
     def choose_format(self) -> None:
-        """Ask a fixed question: is the server there, and which form of schema does it take?"""
+        """Ask a fixed question: is the server there, or does it complain of the form of schema?"""
         question = self.question_of("Say hello.", "Hello!", "Go away.")  # any letter will do
         response = self.post(question)
         if response.status_code != 200 and "response_format" in response.text:
@@ -538,15 +546,14 @@ class Judge:
         if line["letter"] is None:
             raise OSError(
                 f"{self.url}: the judge answered {line['text'][:200]!r}, expected JSON like "
-                f"{FORM}. Either it was cut off, or the server ignores response_format. Known to "
-                f"have it: Ollama from 0.5 on, llama.cpp's server since March 2025, vLLM after "
-                f"0.6.3, llama-cpp-python 0.3")
+                f"{self.form}. Either it was cut off, or the server ignores response_format. "
+                f"Known to have it: Ollama from 0.5 on, llama.cpp's server since March 2025, "
+                f"vLLM after 0.6.3, llama-cpp-python 0.3")
 
     def question_of(self, prompt: str, a: str, b: str) -> str:
         """The question as the judge reads it."""
-        form = FORM_WITH_REASON if self.explain else FORM
         return QUESTION.format(prompt=without_marks(prompt), a=without_marks(a),
-                               b=without_marks(b), form=form)
+                               b=without_marks(b), form=self.form)
 
     def __call__(self, prompt: str, a: str, b: str) -> str | None:
         """The letter, or None if the answer can't be read or the question is refused."""
@@ -572,13 +579,14 @@ class Judge:
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
             "seed": 0,
-            "max_tokens": 256 if self.explain else 32, # a sentence of reasons, or the letter alone
+            "max_tokens": self.max_tokens,
             "response_format": self.response_format,
         }
         failures = 0
         while True:
             try:
-                response = self.session.post(self.url, json=body, timeout=(10, 300))
+                response = self.session.post(self.url, json=body,
+                                             timeout=(10, 300))    # seconds: to connect, to answer
             except requests.RequestException as error:
                 raise OSError(
                     f"{self.url}: no answer ({type(error).__name__}): start a server, as by "
@@ -674,12 +682,11 @@ def without_marks(text: str) -> str:
     """The text without the marks of Llama 2's chat template, and without white space at its ends.
 
     A reply that holds the marks could pretend that the question is over. Each becomes a space:
-    without the space, "[IN<s>ST]" would become "[INST]". A lone surrogate, half a character as JSON
-    may hold it, becomes "?", as some servers refuse it.
+    without the space, "[IN<s>ST]" would become "[INST]".
     """
     for mark in MARKS:
         text = re.sub(re.escape(mark), " ", text, flags=re.IGNORECASE)
-    return text.encode("utf-8", "replace").decode().strip()
+    return without_surrogates(text).strip()
 
 
 # 6. Report --------------------------------------------------------------------------------------
@@ -756,15 +763,15 @@ def describe(answers: list[str]) -> dict[str, float]:
     compare it between answers of about the same length.
     """
     words = []
-    pairs_of_words = []
+    bigrams = []
     for answer in answers:
         words_of_answer = answer.split()
         words += words_of_answer
-        pairs_of_words += itertools.pairwise(words_of_answer)
+        bigrams += itertools.pairwise(words_of_answer)
     return {
         "words": len(words) / len(answers),
         "distinct-1": len(set(words)) / max(1, len(words)),
-        "distinct-2": len(set(pairs_of_words)) / max(1, len(pairs_of_words)),
+        "distinct-2": len(set(bigrams)) / max(1, len(bigrams)),
     }
 
 
@@ -794,9 +801,8 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     a single answer there is no interval. Compare KLs only at the same limit to the length of
     answers: long answers have more room to differ.
 
-    The objective from which DPO's loss is derived is mean reward - beta * KL. The difference above,
-    times beta, is DPO's implicit reward: the reward, but for a term of the prompt alone, which
-    cancels between two answers.
+    Times beta, the difference above is the implicit reward of dpo.dpo_loss. So beta * KL is the
+    mean implicit reward of what the tuned model writes.
     """
     logps = {}
     for name in ("tuned", "sft"):
@@ -918,10 +924,11 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
                          f"take another judge")
 
     blocks = [f"{args.judge} at temperature 0 compares answers to {len(texts['prompt'])} test "
-              f"prompts of the run in {folder}. A rate is how often the first is better; a draw "
-              f"counts half, and what can't be read is left out. Its interval covers the choice of "
-              f"prompts and the luck of sampling, but no fault of the judge. The models' answers "
-              f"end after {args.max_new_tokens} tokens at the latest; the data's are whole.",
+              f"prompts of the run in {folder}. A rate is how often the first of the two is "
+              f"better; a draw counts half, and what can't be read is left out. Its interval "
+              f"covers the choice of prompts and the luck of sampling, but no fault of the judge. "
+              f"The models' answers end after {args.max_new_tokens} tokens at the latest; the "
+              f"data's are whole.",
               table(RATE_HEADER, rows)]
     for doubt in doubts(rates["chosen", "rejected"], list(rates.values())):
         blocks.append(f"DON'T TRUST these rates: {doubt}.")
@@ -931,7 +938,7 @@ def judge_run(folder: Path, options: dict, args: argparse.Namespace) -> None:
     print("\n" + "\n\n".join(blocks))
     path = folder / "judge" / "report.md"
     text = "\n\n".join(blocks + examples(texts)) + "\n"
-    model.write_whole(path, [text.encode("utf-8", "replace")])    # lone surrogates become "?"
+    model.write_whole(path, [without_surrogates(text).encode()])
     print(f"\nreport {path}")
 
 
@@ -997,7 +1004,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="whose answers --blind sets beside the tuned model's")
     parser.add_argument("--prompts", type=int, default=100, help="test prompts to compare on")
     parser.add_argument("--seed", type=int, default=0,
-                        help="decides the prompts, what is sampled, and the order in --blind")
+                        help="decides the prompts, the order in --blind, and, with the answers "
+                             "that are kept already, what is sampled")
     parser.add_argument("--temperature", type=float, default=1.0,
                         help="1: sample from the models' own probabilities; below 1: likely tokens "
                              "even more often; 0: the likeliest token each time")

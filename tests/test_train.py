@@ -515,6 +515,19 @@ def test_the_options_of_the_loss_reach_it(options, expected, world, monkeypatch)
     assert first["rewards/accuracies"] == 0.5
 
 
+def test_label_smoothing_reaches_the_loss(world, monkeypatch):
+    """With margins of 0 it changes nothing. After the first update no number is the same."""
+    bytes_as_tokens(monkeypatch)
+    losses = []
+    for smoothing in (0, 0.4):
+        out = world / f"smoothing{smoothing}"
+        assert train.main(argv(world, out, **BYTES, label_smoothing=smoothing)) == 0
+        losses.append([line["loss"] for line in of(lines_of(out), "dpo", "val")])
+    (first, last), (first_smoothed, last_smoothed) = losses
+    assert first_smoothed == pytest.approx(first, abs=1e-6)
+    assert abs(last_smoothed - last) > 1e-3
+
+
 def test_own_pairs_train_too(world, capfd):
     """--pairs FILE: train, val and test are shares of it, and no file of hh-rlhf is opened."""
     assert train.main(argv(world, "own", pairs=world / "pairs.jsonl", hh_dir="nowhere",
