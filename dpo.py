@@ -419,11 +419,12 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 # In a packed batch the tokens stand in one line: each prompt once, then its two responses. Say a
 # prompt has 3 tokens (p), its chosen response 4 (c), and the rejected one 2 (r). The last token of
 # a response is left out of the line: it is predicted, but nothing is predicted from it. Padded rows
-# lose their last column alone, for the same reason. So a model reads (x is the last token of the
-# rejected response, the dot is padding):
+# lose their last column alone, for the same reason: in the shorter row it is padding (the dots).
 #
-#     padded rows    p p p c c c           one line    p p p c c c r
-#                    p p p r x .
+#     padded rows    p p p c c c c         without the last column    p p p c c c
+#                    p p p r r . .                                    p p p r r .
+#
+#     one line       p p p c c c r
 #
 # Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and
 # computes none of these three things. Only attention needs rows, in which r doesn't see c. So
@@ -526,9 +527,8 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
     head = minus_mean_row(head)                        # the same log p, with finer rounding
 
-    # TargetLogps has a backward pass of its own, into which autocast does not reach. So what it
-    # gets, and keeps for that pass, has autocast's format already: else its products would be in
-    # float32, and slow.
+    # Cast here: TargetLogps has a backward pass of its own, in which autocast would cast nothing.
+    # Its products would be in float32, and slow.
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         hidden = hidden.to(torch.get_autocast_dtype(device_type))
@@ -562,7 +562,8 @@ def minus_mean_row(head: Tensor) -> Tensor:
         h . head[token] - h . mean_row  =  h . (head[token] - mean_row)
 
     Any other row in the place of mean_row would give the same log p. So the derivative by mean_row
-    is 0, and autograd need not compute it: detach.
+    is 0 (that of log p by the logits, one_hot - softmax, has the sum 0), and autograd need not
+    compute it: detach.
     """
     mean_row = head.detach().mean(0)                   # (C,)
     return head - mean_row
@@ -587,8 +588,8 @@ def variant_loss(policy_logps: Tensor, reference_logps: Tensor, response_lengths
     chosen_logratio, rejected_logratio = (policy_logps - reference_logps).chunk(2)     # (B,) each
     margin = beta * (chosen_logratio - rejected_logratio)         # the difference of the rewards
     chosen_lengths, rejected_lengths = response_lengths.chunk(2)
-    chosen_mean = chosen_logratio / chosen_lengths                # over tokens: nats a token
-    rejected_mean = rejected_logratio / rejected_lengths
+    chosen_per_token = chosen_logratio / chosen_lengths           # nats a token
+    rejected_per_token = rejected_logratio / rejected_lengths
 
     if variant == "sigmoid":
         # Without label_smoothing this is dpo_loss, equation 7. With it, it is the conservative DPO
@@ -613,7 +614,7 @@ def variant_loss(policy_logps: Tensor, reference_logps: Tensor, response_lengths
         # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the log-ratios has a
         # goal, 1 / (2 beta), in place of growing without end. The paper has sums over tokens. Like
         # trl, we take means, so the goal is in nats a token here.
-        return (chosen_mean - rejected_mean - 1 / (2 * beta)) ** 2
+        return (chosen_per_token - rejected_per_token - 1 / (2 * beta)) ** 2
 
     if variant == "hinge":
         # Liu et al. 2023 (arXiv:2309.06657): the hinge loss of SLiC on DPO's rewards.
@@ -622,7 +623,7 @@ def variant_loss(policy_logps: Tensor, reference_logps: Tensor, response_lengths
     assert variant == "sigmoid_norm", variant
     # Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in place of sums,
     # against the bias to long responses.
-    return -F.logsigmoid(beta * (chosen_mean - rejected_mean))
+    return -F.logsigmoid(beta * (chosen_per_token - rejected_per_token))
 
 
 def check_variant(variant: str, label_smoothing: float) -> None:

@@ -181,6 +181,8 @@ class GPT2(nn.Module):
             # The weights become the model's parameters, and train like any others. An error names
             # those that are missing or of a wrong shape.
             model.load_state_dict(weights, assign=True)
+        except MemoryError:
+            raise
         except Exception as error:  # a damaged file, a pickle above all, raises whatever it likes
             raise ValueError(f"{file}: can't be loaded as a GPT-2: {str(error)[:600]}; if the file "
                              f"is damaged, delete it") from error
@@ -244,11 +246,20 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
              stop: Callable[[list[int]], bool] | None = None, seed: int = 0) -> list[list[int]]:
     """Answers to prompts of any lengths, all at once: up to max_tokens new ids for each.
 
+    In short, for one prompt:
+
+        answer = []
+        while len(answer) < max_tokens and end_token not in answer:
+            logits = model(torch.tensor([prompt + answer]))[:, -1]     # (1, V), of the next token
+            answer += sample(logits, temperature, top_p, generator).tolist()
+
+    What the function adds: many prompts at once, and a cache, so that no token is read twice.
+
     An answer ends with end_token, which it then holds, or where stop(ids of the answer) is true, or
     at max_tokens. temperature 0 takes the likeliest token, 1 samples from the model as it is.
-    top_p: see sample. On one machine the same seed gives the same answers. torch's own
-    generator is left alone.
-    Raises ValueError for an empty prompt, and if a prompt with its answer exceeds the context.
+    top_p: see sample. On one machine the same seed gives the same answers; torch's own generator is
+    left alone. Raises ValueError for an empty prompt, and if a prompt with its answer exceeds the
+    context.
     """
     config = model.config
     device = model.wte.weight.device
@@ -261,13 +272,14 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
                          f"at least 1 for an answer, and {config.n_positions} together at most; "
                          f"cut the prompts from the left")
 
-    # The KV cache: keys and values of what was read, so that no token is read twice.
+    # The KV cache: keys and values of what was read.
     shape = (config.n_layer, len(prompts), places, config.n_head, config.n_embd // config.n_head)
     keys = torch.zeros(shape, dtype=model.wte.weight.dtype, device=device)
     values = torch.zeros_like(keys)
 
-    # The first call reads the prompts, padded on the right. The later calls read one token of each
-    # row. With prompts a b and c d e f, and x for padding, the cache then holds
+    # The first call reads the prompts, padded on the right. Each later call reads one token of each
+    # row. With the prompts a b and c d e f, x for padding, 1 and 2 for tokens of the answers, and
+    # dots for what is still empty, the cache then holds
     #
     #     place                 0 1 2 3 4 5 6
     #     after the first call  a b x x . . .     c d e f . . .
@@ -279,34 +291,34 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
     tokens = torch.tensor(padded, device=device)                            # (R, T)
     positions = torch.arange(longest, device=device).expand(len(prompts), -1)
+    hidden = cached_hidden(model, tokens, positions, keys, values)          # (R, T, C)
+
+    # The next token is predicted at the last token of each prompt.
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    row = torch.arange(len(prompts), device=device)
-    last = lengths - 1                                 # where the next token is predicted, (R,)
+    rows = torch.arange(len(prompts), device=device)
+    hidden = hidden[rows, lengths - 1]                                      # (R, C)
 
     generator = torch.Generator(device).manual_seed(seed)
     answers = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    for _ in range(max_tokens):
-        hidden = cached_hidden(model, tokens, positions, keys, values)      # (R, T, C)
-        logits = model.logits(hidden[row, last])                            # (R, V)
+    for step in range(max_tokens):
+        logits = model.logits(hidden)                                       # (R, V)
         new = sample(logits, temperature, top_p, generator)                 # (R,)
-
         for i, token in enumerate(new.tolist()):
             if ended[i]:
                 continue                               # this row still runs along, unread
             answers[i].append(token)
-            if token == end_token:
+            if token == end_token or len(answers[i]) == max_tokens:
                 ended[i] = True
             elif stop is not None and stop(answers[i]):
                 ended[i] = True
         if all(ended):
             break
 
-        # From now on a call reads one token of each row: the new one, behind all others.
-        tokens = new[:, None]                          # (R, 1)
-        positions = lengths[:, None]                   # (R, 1)
-        lengths = lengths + 1
-        last = torch.zeros_like(last)                  # the new token is the only one of its row
+        # Read the new token of each row, which stands behind all others.
+        positions = lengths + step                                          # (R,)
+        hidden = cached_hidden(model, new[:, None], positions[:, None], keys, values)
+        hidden = hidden[:, 0]                                               # (R, 1, C) -> (R, C)
     return answers
 
 

@@ -341,7 +341,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     started = time.perf_counter()
     speeds = []                                        # tokens a second, since the last log line
 
-    def validate() -> None:
+    def validate_and_save() -> None:
         """Validate, keep the weights if they are the best so far, and save the state."""
         val_batches = eval_batches(splits["val"], config, machine, reference_tables.get("val"),
                                    sides)
@@ -360,7 +360,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     # With 12 updates and val_every 4, V for a validation and u for an update, a stage is
     # V uuuu V uuuu V uuuu V. The best weights may be those of the first V, before any update.
     if not resumed:
-        validate()
+        validate_and_save()
     while state.step < total_steps and state.worse_in_a_row < config.patience:
         # One update.
         micro_batches = [batch.to(machine.device) for batch in next(updates)]
@@ -407,7 +407,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         # A save never comes before a validation that is due. So a run that goes on from its last
         # save has nothing to make up for, and begins with the next update.
         if state.step % val_every == 0 or state.step == total_steps:
-            validate()                                 # it ends with a save
+            validate_and_save()
         elif state.step % config.save_every == 0:
             save_last(run, stage, model, optimizer, scaler, reference_tables, state)
 
@@ -818,8 +818,8 @@ OUT_OF_MEMORY = ("out of memory: a lower --micro_pairs or --max_tokens needs les
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 a whole run, 1 a demo below its goal, 2 an error that its user can mend,
-    which is one line on stderr, 130 stopped by Ctrl-C. (Any other error is Python's traceback.)
+    """The exit code: 0 a whole run, 1 a demo below its goal, 130 stopped by Ctrl-C; and 2 for the
+    errors below, one line on stderr, as they are mostly for the user to mend.
     """
     try:
         return train(parse(argv))

@@ -237,7 +237,7 @@ BUGS = [
         "transformers #26569",
         "tests/test_model.py::"
         "test_greedy_is_the_same_alone_in_a_batch_without_a_cache_and_in_transformers",
-        [("model.py", "hidden[row, last]", "hidden[:, -1]")]),
+        [("model.py", "hidden[rows, lengths - 1]", "hidden[:, -1]")]),
 
     # The judge.
     Bug("unreadable verdicts dropped", "verdicts that can't be read vanish without being counted",

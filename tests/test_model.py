@@ -12,8 +12,10 @@ import json
 import math
 import pickle
 import random
+import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,6 +35,7 @@ from model import (
     add_adapters,
     generate,
     merge_adapters,
+    sample,
     save_pretrained,
     strongest_neurons,
 )
@@ -911,6 +914,21 @@ def without_cache(model: GPT2, prompt: list[int], max_tokens: int, end_token: in
         logits = model(torch.tensor([prompt + answer]))
         answer.append(logits[0, -1].argmax().item())
     return answer
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@torch.no_grad()
+def test_the_short_form_in_its_docstring_gives_the_same_answers(temperature, ours):
+    lines = re.search(r"( *answer = \[\]\n.*?)\n\n", generate.__doc__, re.S)[1]
+    free = generate(ours, PROMPTS[:1], 20, temperature, end_token=-1, seed=3)[0]
+    for end_token in (-1, free[7]):
+        names = {"model": ours, "prompt": PROMPTS[0], "max_tokens": 20, "end_token": end_token,
+                 "temperature": temperature, "top_p": 1.0, "torch": torch, "sample": sample,
+                 "generator": torch.Generator().manual_seed(3)}
+        exec(textwrap.dedent(lines), names)
+        assert generate(ours, PROMPTS[:1], 20, temperature, end_token=end_token,
+                        seed=3) == [names["answer"]]
+        assert len(names["answer"]) == (20 if end_token == -1 else free.index(free[7]) + 1)
 
 
 def test_greedy_is_the_same_alone_in_a_batch_without_a_cache_and_in_transformers(ours, theirs):
