@@ -333,9 +333,8 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
 
     "Equal" allows for rounding: the mean of |policy - reference| may be 4 * eps * the mean of
     |reference|, with float32's eps, 1.2e-7. For logps near -150 that is 0.00007 nats. It leaves
-    room for a logps_of of your own whose sums, in float32, a GPU makes in a changing order.
-    packed_logps says the same each time, in bfloat16 too. Faults make far larger differences. (4 is
-    our choice; 2 or 10 would do as well.)
+    room for sums in float32, which a GPU may make in a changing order. (packed_logps has no such
+    sum.) Faults make far larger differences. (4 is our choice; 2 or 10 would do as well.)
     """
     difference = (policy_logps - reference_logps).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference_logps.abs().mean().item()
@@ -418,18 +417,20 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 #
 # In a packed batch the tokens stand in one line: each prompt once, then its two responses. Say a
 # prompt has 3 tokens (p), its chosen response 4 (c), and the rejected one 2 (r). The last token of
-# a response is left out of the line: it is predicted, but nothing is predicted from it. Padded rows
-# lose their last column alone, for the same reason: in the shorter row it is padding (the dots).
+# a response is left out of the line: it is predicted, but nothing is predicted from it. Of padded
+# rows only the longest loses its last token so, with the last column; the others lose padding (the
+# dots).
 #
 #     padded rows    p p p c c c c         without the last column    p p p c c c
 #                    p p p r r . .                                    p p p r r .
 #
 #     one line       p p p c c c r
 #
-# Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and
-# computes none of these three things. Only attention needs rows, in which r doesn't see c. So
-# attention copies its rows from the line, prompts twice and with some padding, and its results are
-# taken back to the line. train.py trains with packed batches.
+# Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and reads
+# each prompt once and no padding. Only attention needs rows, in which r doesn't see c. So attention
+# copies its rows from the line, prompts twice and with some padding, and its results are taken back
+# to the line. At the end, logits are computed only where a token of a response is predicted.
+# train.py trains with packed batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
 # two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit e764479):

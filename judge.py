@@ -166,8 +166,8 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
 
     An answer in the file counts if it is of the same weights and was sampled with the same
     settings. What is missing is sampled in blocks. The seed of a block is sampling.seed plus the
-    number of answers that the model has by then, so that no two blocks of a model draw the same
-    random numbers. So what is sampled depends on what was kept before, too.
+    number of answers that the model has by then, so that its blocks draw other random numbers. So
+    what is sampled depends on what was kept before, too.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -373,7 +373,8 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     prompts - unreadable. "rate", "low" and "high" are None if there are no verdicts, or if a judge
     was asked and could never be read. "letter A" is the share of A among the judge's letters, where
     it gave both. A judge that goes by the answers alone says A in one order and B in the other, so
-    it has 1/2 there. With draws, which vary less, the interval is wider than it need be.
+    it has 1/2 there. Wilson's interval is for wins and losses: with draws, which vary less, it is
+    wider than it need be.
     """
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     letters = []

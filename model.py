@@ -188,25 +188,6 @@ class GPT2(nn.Module):
                              f"is damaged, delete it") from error
         return model
 
-    def packed_hidden(self, tokens: Tensor, positions: Tensor, to_rows: tuple[Tensor, ...],
-                      to_line: Tensor) -> Tensor:
-        """The last hidden states, which the head reads, for a packed batch: (N, C).
-
-        dpo.packed_logps shows such a batch with its numbers.
-
-        tokens (N,) int64: one line of tokens. positions (N,) int64: of each token in its row.
-        to_rows: (R, T) int64 each, grids of rows; to_rows[g][r, t] says which of the N tokens is
-        the t-th of row r. A prompt's tokens stand in a row for each response. Padding, on the right
-        of a row, is any token: the real tokens of the row don't see it.
-        to_line (N,) int64: where a token's result is found, among the cells of all grids, which are
-        numbered row by row, grid after grid.
-        """
-        x = self.wte(tokens) + self.wpe(positions)                    # (N, C)
-        for block in self.h:
-            x = x + packed_attention(block.attn, block.ln_1(x), to_rows, to_line)
-            x = x + block.mlp(block.ln_2(x))
-        return self.ln_f(x)
-
 
 # 2. Packed rows ---------------------------------------------------------------------------------
 #
@@ -216,12 +197,36 @@ class GPT2(nn.Module):
 # loops over the blocks repeat Block.forward, with this attention in the place of its own.
 
 
+def packed_hidden(model: GPT2, tokens: Tensor, positions: Tensor, to_rows: tuple[Tensor, ...],
+                  to_line: Tensor) -> Tensor:
+    """The last hidden states, which the head reads, for a packed batch: (N, C).
+
+    dpo.packed_logps shows such a batch with its numbers.
+
+    tokens (N,) int64: one line of tokens. positions (N,) int64: of each token in its row.
+    to_rows: (R, T) int64 each, grids of rows; to_rows[g][r, t] says which of the N tokens is the
+    t-th of row r. A prompt's tokens stand in a row for each response. Padding, on the right of a
+    row, is any token: the real tokens of the row don't see it.
+    to_line (N,) int64: where a token's result is found, among the cells of all grids, which are
+    numbered row by row, grid after grid.
+    """
+    x = model.wte(tokens) + model.wpe(positions)                   # (N, C)
+    for block in model.h:
+        x = x + packed_attention(block.attn, block.ln_1(x), to_rows, to_line)
+        x = x + block.mlp(block.ln_2(x))
+    return model.ln_f(x)
+
+
+# A method, too: dpo.py, which imports torch alone, can call it only as one.
+GPT2.packed_hidden = packed_hidden
+
+
 def packed_attention(attn: CausalSelfAttention, x: Tensor, to_rows: tuple[Tensor, ...],
                      to_line: Tensor) -> Tensor:
-    """Attention for a packed batch, see GPT2.packed_hidden: (N, C) -> (N, C).
+    """Attention for a packed batch, see packed_hidden: (N, C) -> (N, C).
 
     Gather the rows of each grid from the line of tokens, qkv[grid]; attend in the rows; take the
-    results back to the line, y[to_line].
+    results back to the line, y[to_line]. (By index_select, which has a faster backward pass.)
     """
     qkv = attn.c_attn(x)                                           # (N, 3C): each token once
     results = []

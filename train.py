@@ -342,7 +342,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     speeds = []                                        # tokens a second, since the last log line
 
     def validate_and_save() -> None:
-        """Validate, keep the weights if they are the best so far, and save the state."""
+        """Validate, keep the weights if they are the best so far, and save the state. (After a kill
+        between the two saves, the updates since the state's last save write the best once more.)"""
         val_batches = eval_batches(splits["val"], config, machine, reference_tables.get("val"),
                                    sides)
         metrics = dpo.val_step(model, val_batches, loss_function)

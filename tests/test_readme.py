@@ -198,9 +198,9 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
     odds = before / (100 - before) * math.exp(data.DEMO_REWARD)
     optimum = odds / (1 + odds)
     odds = before / (100 - before)
-    text = (f"So step 2 multiplies each prompt's odds by e^4: if all prompts had the same, from "
-            f"{before} / {100 - before:.1f} = {odds:.3f} to {odds * math.exp(4):.1f}, which is "
-            f"{optimum:.1%}.")
+    text = (f"So step 2 multiplies each prompt's odds by e^4: if all prompts had the same odds, "
+            f"from {before} / {100 - before:.1f} = {odds:.3f} to {odds * math.exp(4):.1f}, "
+            f"which is {optimum:.1%}.")
     assert text in " ".join(README.split())
     after, count = re.search(r"after  DPO +(\S+)% of (\d+)", README).groups()
     assert f"The demo's {after}% of {count} answers agrees." in " ".join(README.split())
