@@ -415,9 +415,9 @@ def make_grids(rows: list[np.ndarray], length: int,
     tokens fill 3 x 40 cells of one grid, but 2 x 3 and 1 x 40 cells of two. Padding is place 0: the
     model computes something there, and nothing reads it.
 
-    A prompt stands in two rows. As no token sees what comes later, its results are the same in
-    both, and to_line takes those of one row. The copy in the other row is needed all the same: the
-    response there attends to its keys and values. In the backward pass both copies send their
+    In DPO a prompt stands in two rows. As no token sees what comes later, its results are the same
+    in both, and to_line takes those of one row. The copy in the other row is needed all the same:
+    the response there attends to its keys and values. In the backward pass both copies send their
     gradients to the same place of the line, where they add up.
     """
     if count > 1:

@@ -217,7 +217,7 @@ def packed_hidden(model: GPT2, tokens: Tensor, positions: Tensor, to_rows: tuple
     return model.ln_f(x)
 
 
-# A method, too: dpo.py, which imports torch alone, can call it only as one.
+# dpo.packed_logps calls it as a method of the model, and so need not import this file.
 GPT2.packed_hidden = packed_hidden
 
 

@@ -163,7 +163,7 @@ class Machine(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run's folder, locked for this process."""
+    """A run's folder, locked for this process, where the system has locks."""
     folder: Path
     metrics: BinaryIO          # metrics.jsonl, a JSON object a line
     saved: dict                # what save_last wrote, if the run is resumed; else empty
@@ -342,8 +342,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     speeds = []                                        # tokens a second, since the last log line
 
     def validate_and_save() -> None:
-        """Validate, keep the weights if they are the best so far, and save the state. (After a kill
-        between the two saves, the updates since the state's last save write the best once more.)"""
+        """Validate, keep the weights if they are the best so far, and save the state. (A run that
+        is killed between the two saves comes to this validation once more.)"""
         val_batches = eval_batches(splits["val"], config, machine, reference_tables.get("val"),
                                    sides)
         metrics = dpo.val_step(model, val_batches, loss_function)
