@@ -769,6 +769,7 @@ def check_content(file: BinaryIO, size: int, sha256: str) -> None:
     got = file.seek(0, os.SEEK_END)
     if got < size:
         raise requests.ConnectionError(f"got {got:,} of {size:,} bytes")
+    file.flush()
     with open(file.name, "rb") as whole:
         digest = hashlib.file_digest(whole, "sha256").hexdigest()
     wrong_size = size > 0 and got != size

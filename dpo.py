@@ -302,7 +302,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     if finite:
         optimizer.step()
     if scaler is not None:
-        scaler.update()                                # a smaller number, if unscale_ found an inf
+        scaler.update()                                # smaller, if unscale_ found an inf or nan
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -411,7 +411,7 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 # that nobody asks for:
 #
 # - Each prompt twice. A pair's two rows begin with the same prompt.
-# - Padding. The rows of a batch have very different lengths, and all are as long as the longest.
+# - Padding. Texts differ much in length, and all rows of a batch are as long as the longest.
 # - Logits of prompts and padding. The loss needs only those that predict a token of a response, and
 #   GPT-2's head, with its 50,257 tokens, is a large part of the model.
 #

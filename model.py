@@ -3,8 +3,8 @@
 Read from top to bottom:
 
 1. the model           GPT2Config, CausalSelfAttention, MLP, Block, GPT2
-2. packed rows         attention for packed batches, which save time in training
-3. generation          answers to prompts, with a KV cache
+2. generation          answers to prompts, with a KV cache
+3. packed rows         attention for packed batches, which save time in training
 4. adapters            small MLPs beside GPT-2's own MLPs, or in their place
 5. files               OpenAI's weights, as the Hugging Face hub has them, and back
 
@@ -189,60 +189,7 @@ class GPT2(nn.Module):
         return model
 
 
-# 2. Packed rows ---------------------------------------------------------------------------------
-#
-# Attention is the only place where tokens meet. So tokens that stand in another form than plain
-# rows need another attention (and their positions told), and nothing else. There are two such
-# forms: packed batches, which save time in training, and rows with a cache, in section 3. Their
-# loops over the blocks repeat Block.forward, with this attention in the place of its own.
-
-
-def packed_hidden(model: GPT2, tokens: Tensor, positions: Tensor, to_rows: tuple[Tensor, ...],
-                  to_line: Tensor) -> Tensor:
-    """The last hidden states, which the head reads, for a packed batch: (N, C).
-
-    dpo.packed_logps shows such a batch with its numbers.
-
-    tokens (N,) int64: one line of tokens. positions (N,) int64: of each token in its row.
-    to_rows: (R, T) int64 each, grids of rows; to_rows[g][r, t] says which of the N tokens is the
-    t-th of row r. A prompt's tokens stand in a row for each response. Padding, on the right of a
-    row, is any token: the real tokens of the row don't see it.
-    to_line (N,) int64: where a token's result is found, among the cells of all grids, which are
-    numbered row by row, grid after grid.
-    """
-    x = model.wte(tokens) + model.wpe(positions)                   # (N, C)
-    for block in model.h:
-        x = x + packed_attention(block.attn, block.ln_1(x), to_rows, to_line)
-        x = x + block.mlp(block.ln_2(x))
-    return model.ln_f(x)
-
-
-# dpo.packed_logps calls it as a method of the model, and so need not import this file.
-GPT2.packed_hidden = packed_hidden
-
-
-def packed_attention(attn: CausalSelfAttention, x: Tensor, to_rows: tuple[Tensor, ...],
-                     to_line: Tensor) -> Tensor:
-    """Attention for a packed batch, see packed_hidden: (N, C) -> (N, C).
-
-    Gather the rows of each grid from the line of tokens, qkv[grid]; attend in the rows; take the
-    results back to the line, y[to_line]. (By index_select, which has a faster backward pass.)
-    """
-    qkv = attn.c_attn(x)                                           # (N, 3C): each token once
-    results = []
-    for grid in to_rows:
-        in_rows = qkv.index_select(0, grid.flatten())              # (R * T, 3C)
-        in_rows = in_rows.unflatten(0, grid.shape)                 # (R, T, 3C)
-        q, k, v = attn.heads(in_rows)                              # (R, H, T, D) each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        y = y.transpose(1, 2).flatten(2)                           # (R, T, C)
-        results.append(y.flatten(0, 1))                            # (R * T, C)
-    y = torch.cat(results)                                         # (all cells, C)
-    y = y.index_select(0, to_line)                                 # (N, C)
-    return attn.c_proj(y)
-
-
-# 3. Generation ----------------------------------------------------------------------------------
+# 2. Generation ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -384,6 +331,59 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
     all_v = values.transpose(1, 2).to(q.dtype)
     y = F.scaled_dot_product_attention(q, all_k, all_v, attn_mask=sees)      # (R, H, T, D)
     y = y.transpose(1, 2).flatten(2)                               # (R, T, C)
+    return attn.c_proj(y)
+
+
+# 3. Packed rows ---------------------------------------------------------------------------------
+#
+# Packed batches save time in training. Attention is the only place where tokens meet. So tokens
+# that stand in another form than plain rows need another attention (and their positions told), and
+# nothing else: the loop over the blocks repeats Block.forward, with this attention in the place of
+# its own. cached_hidden, above, does the same for rows with a cache.
+
+
+def packed_hidden(model: GPT2, tokens: Tensor, positions: Tensor, to_rows: tuple[Tensor, ...],
+                  to_line: Tensor) -> Tensor:
+    """The last hidden states, which the head reads, for a packed batch: (N, C).
+
+    dpo.packed_logps shows such a batch with its numbers.
+
+    tokens (N,) int64: one line of tokens. positions (N,) int64: of each token in its row.
+    to_rows: (R, T) int64 each, grids of rows; to_rows[g][r, t] says which of the N tokens is the
+    t-th of row r. A prompt's tokens stand in a row for each response. Padding, on the right of a
+    row, is any token: the real tokens of the row don't see it.
+    to_line (N,) int64: where a token's result is found, among the cells of all grids, which are
+    numbered row by row, grid after grid.
+    """
+    x = model.wte(tokens) + model.wpe(positions)                   # (N, C)
+    for block in model.h:
+        x = x + packed_attention(block.attn, block.ln_1(x), to_rows, to_line)
+        x = x + block.mlp(block.ln_2(x))
+    return model.ln_f(x)
+
+
+# dpo.packed_logps calls it as a method of the model, and so need not import this file.
+GPT2.packed_hidden = packed_hidden
+
+
+def packed_attention(attn: CausalSelfAttention, x: Tensor, to_rows: tuple[Tensor, ...],
+                     to_line: Tensor) -> Tensor:
+    """Attention for a packed batch, see packed_hidden: (N, C) -> (N, C).
+
+    Gather the rows of each grid from the line of tokens, qkv[grid]; attend in the rows; take the
+    results back to the line, y[to_line]. (By index_select, which has a faster backward pass.)
+    """
+    qkv = attn.c_attn(x)                                           # (N, 3C): each token once
+    results = []
+    for grid in to_rows:
+        in_rows = qkv.index_select(0, grid.flatten())              # (R * T, 3C)
+        in_rows = in_rows.unflatten(0, grid.shape)                 # (R, T, 3C)
+        q, k, v = attn.heads(in_rows)                              # (R, H, T, D) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = y.transpose(1, 2).flatten(2)                           # (R, T, C)
+        results.append(y.flatten(0, 1))                            # (R * T, C)
+    y = torch.cat(results)                                         # (all cells, C)
+    y = y.index_select(0, to_line)                                 # (N, C)
     return attn.c_proj(y)
 
 

@@ -173,7 +173,7 @@ def train(config: Config) -> int:
     """The whole job. Returns the exit code: 0, or 1 for a demo that misses its goal.
 
     Adapters come in at one of two moments. One that replaces an MLP comes before SFT, which has to
-    make up for the MLP that is gone. A parallel one comes after SFT: only DPO trains it.
+    make up for the MLP that is gone. A parallel one comes after SFT, which does not train it.
     """
     # Load and split.
     torch.manual_seed(config.seed)
