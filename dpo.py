@@ -297,7 +297,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     means = mean_over_pairs(parts)
     means["grad_norm"] = grad_norm                     # so that all are read at once
     result = as_floats(means)
-    # (Others call scaler.step for this. It checks the gradients, but not the loss.)
+    # Not by scaler.step(optimizer), which would check the gradients, but not the loss.
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
         optimizer.step()
@@ -366,7 +366,7 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
     batches: as data.pad makes them, on the model's device. Each has tokens and mask (2B, T), first
     the B rows of the chosen responses, then those of the rejected ones; and indices (B,), which
     number the pairs of all batches from 0.
-    peak: the highest learning rate.
+    peak: the highest learning rate. The first tenth of the updates warms up to it.
 
     The reference is the model as it comes. So a second call would have another reference.
 
@@ -395,10 +395,11 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)        # its lr is set below
     total_steps = epochs * len(batches)
+    warmup_steps = total_steps // 10
     history = []
     for step in range(total_steps):
         batch = batches[step % len(batches)]           # in the same order each time
-        lr = cosine_lr(step, peak, total_steps // 10, total_steps)
+        lr = cosine_lr(step, peak, warmup_steps, total_steps)
         optimizer.param_groups[0]["lr"] = lr
         metrics = train_step(model, [batch], optimizer, loss_function)         # one micro-batch
         history.append(metrics)

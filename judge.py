@@ -106,11 +106,11 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     """
     def asks_again(ids: list[int]) -> bool:
         """Did the newest token complete "\\n\\nHuman:"? ids: of the answer, without the prompt."""
-        # The 8 characters of "\n\nHuman:" are in 8 tokens at most. So the last 8 tell.
+        # Each token holds a character at least: the 8 of "\n\nHuman:" are in the last 8 tokens.
         return data.HUMAN in encoding.decode(ids[-8:])
 
     # Prompt and answer must fit into the context together. An answer gets at most half of it, and
-    # [-n:] keeps the end of a prompt.
+    # [-prompt_limit:] keeps the end of a prompt.
     context = gpt2.config.n_positions
     max_tokens = min(sampling.max_tokens, context // 2)
     prompt_limit = min(max_prompt_tokens, context - max_tokens)
@@ -275,8 +275,8 @@ def ask_for_line(prompt: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text, with "?" for codes that control a terminal, and for all that Python doesn't print.
-    """
+    """The text, with "?" for all that str.isprintable refuses, such as codes that control a
+    terminal. Line ends stay."""
     safe_text = ""
     for character in text:
         if character.isprintable() or character == "\n":
@@ -534,7 +534,8 @@ class Judge:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
 
     def choose_format(self) -> None:
-        """Ask a fixed question: is the server there, or does it complain of the form of schema?"""
+        """Ask a fixed question: is the server there? If it complains of the form of schema, take
+        the other form."""
         question = self.question_of("Say hello.", "Hello!", "Go away.")  # any letter will do
         response = self.post(question)
         if response.status_code != 200 and "response_format" in response.text:
@@ -802,7 +803,7 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     a single answer there is no interval. Compare KLs only at the same limit to the length of
     answers: long answers have more room to differ.
 
-    Times beta, the difference above is the implicit reward of dpo.dpo_loss. So beta * KL is the
+    beta * (log p_tuned - log p_sft) is the implicit reward of dpo.dpo_loss. So beta * KL is the
     mean implicit reward of what the tuned model writes.
     """
     logps = {}

@@ -406,7 +406,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
             speeds = []
 
         # A save never comes before a validation that is due. So a run that goes on from its last
-        # save has nothing to make up for, and begins with the next update.
+        # save has nothing to make up for, and begins with the next update, if there is one.
         if state.step % val_every == 0 or state.step == total_steps:
             validate_and_save()
         elif state.step % config.save_every == 0:
