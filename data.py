@@ -9,8 +9,8 @@ Read from top to bottom:
 5. helpers     progress lines; a lock
 6. downloads   hh-rlhf and GPT-2, from the Hugging Face hub
 
-Needs torch, numpy, tiktoken and requests. The letters in the shapes: B pairs, N tokens of a packed
-batch, M predictions, R rows of a grid, T tokens of a row.
+Needs torch, numpy, tiktoken and requests. The letters in the shapes: B pairs, R rows, T tokens of a
+row, M predictions.
 """
 
 import email.utils
@@ -252,9 +252,10 @@ def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
 # 3. Batches -------------------------------------------------------------------------------------
 #
 # A batch has two forms, with the same meaning. A padded one has a row for each response: any model
-# can read it, and dpo.sequence_logps takes it. A packed one holds the prompt of a pair once, and no
-# padding but inside attention: only our model can read it, by dpo.packed_logps. train.py trains
-# with packed batches, since they are faster.
+# can read it, and dpo.sequence_logps takes it. A packed one has several pairs in a row, each with
+# its prompt once, and hardly any padding: it needs a model that can be told which tokens each token
+# sees, as ours can, and dpo.packed_logps. train.py trains with packed batches, since they are
+# faster.
 #
 # In both forms the responses are numbered chosen first: of B pairs, pair b's chosen response is
 # number b, its rejected response is number B + b.
@@ -301,19 +302,18 @@ def pad(pairs: list[TokenPair], indices: Sequence[int]) -> PaddedBatch:
 
 
 class PackedBatch(NamedTuple):
-    """B pairs, packed: the tokens stand in one line, each prompt once, then its two responses
-    without their last tokens, from which nothing is predicted.
+    """B pairs, packed: rows of several pairs, each with its prompt, its chosen response and its
+    rejected response, one after the other. A mask, `sees`, keeps them apart.
 
-    The docstring of dpo.packed_logps shows the batch of two short pairs with all its numbers, and
-    what they are for. A place counts along the line. A cell is a place in attention's grids; cells
-    are numbered row by row, through all grids. A batch for supervised fine-tuning has only the
-    chosen responses: B instead of 2B. int64 where nothing else is said.
+    A response stands there without its last token, from which nothing is predicted. The docstring
+    of dpo.packed_logps shows a batch with all its numbers. A place is a cell of the R x T tokens,
+    numbered row by row: token t of row r is place r * T + t. A batch for supervised fine-tuning has
+    only the chosen responses: B instead of 2B. int64 where nothing else is said.
     """
-    tokens: Tensor                 # (N,) the ids that the model reads
-    positions: Tensor              # (N,) of each token in its row, from 0
-    to_rows: tuple[Tensor, ...]    # (R, T) each, a grid of rows for attention: places in the line
-    to_line: Tensor                # (N,) for each token the number of the cell with its result
-    predicts: Tensor               # (M,) the places in the line that predict a token of a response
+    tokens: Tensor                 # (R, T) the ids that the model reads
+    positions: Tensor              # (R, T) of each token in its text, the prompt with one response
+    sees: Tensor                   # (R, T, T) bool: at [r, t, s] whether t sees s, in row r
+    predicts: Tensor               # (M,) the places that predict a token of a response
     targets: Tensor                # (M,) the ids that are predicted there
     owner: Tensor                  # (M,) the response, 0 to 2B - 1, to which the target belongs
     response_lengths: Tensor       # (2B,) how many tokens each response has
@@ -322,139 +322,129 @@ class PackedBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on a device."""
-        return PackedBatch(
-            tokens=self.tokens.to(device),
-            positions=self.positions.to(device),
-            to_rows=tuple(grid.to(device) for grid in self.to_rows),
-            to_line=self.to_line.to(device),
-            predicts=self.predicts.to(device),
-            targets=self.targets.to(device),
-            owner=self.owner.to(device),
-            response_lengths=self.response_lengths.to(device),
-            indices=self.indices.to(device),
-            reference_logps=self.reference_logps.to(device),
-        )
+        return PackedBatch(*[tensor.to(device) for tensor in self])
 
 
 def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor | None = None,
-         sides: tuple[str, ...] = SIDES, grid_count: int = 1) -> PackedBatch:
+         sides: tuple[str, ...] = SIDES) -> PackedBatch:
     """The PackedBatch of these pairs, whose numbers in the data set are `indices` (B,).
 
     sides: ("chosen", "rejected") for DPO, or ("chosen",) for supervised fine-tuning.
     reference_table (2, pairs of the data set) float32: what dpo.reference_logps returned, for DPO;
     or None.
-    grid_count: attention's rows stand in this many grids, each as wide as its longest row. With
-    more grids the rows of each are of more similar length: there is less padding, and there are
-    more calls.
     """
-    line = []                      # arrays of ids: a prompt, its responses, the next prompt, ...
-    positions = []                 # an array for each array in `line`
-    length = 0                     # of the line so far, in tokens
-    rows = {side: [] for side in sides}
-    responses = {side: [] for side in sides}
+    lengths = []
     for pair in pairs:
-        prompt_places = np.arange(length, length + len(pair.prompt))
-        line.append(pair.prompt)
-        positions.append(np.arange(len(pair.prompt)))
-        length += len(pair.prompt)
+        length = len(pair.prompt)
+        for side in sides:
+            length += len(getattr(pair, side)) - 1     # the last token is predicted, but not read
+        lengths.append(length)
+    row_count, width, starts = arrange(lengths)
+
+    tokens = np.zeros((row_count, width), np.int64)
+    positions = np.zeros((row_count, width), np.int64)
+    sees = np.zeros((row_count, width, width), bool)
+    responses = {side: [] for side in sides}
+    predicts = {side: [] for side in sides}            # the places that predict each response
+    for pair, (row, start) in zip(pairs, starts, strict=True):
+        prompt = slice(start, start + len(pair.prompt))
+        tokens[row, prompt] = pair.prompt
+        positions[row, prompt] = np.arange(len(pair.prompt))
+        sees[row, prompt, prompt] = True
+        end = prompt.stop
         for side in sides:
             response = getattr(pair, side)
-            all_but_last = response[:-1]           # the last token is predicted, but never read
-            places = np.arange(length, length + len(all_but_last))
-            line.append(all_but_last)
-            positions.append(len(pair.prompt) + np.arange(len(all_but_last)))
-            length += len(all_but_last)
-            rows[side].append(np.concatenate([prompt_places, places]))
+            read = slice(end, end + len(response) - 1)
+            tokens[row, read] = response[:-1]
+            positions[row, read] = len(pair.prompt) + np.arange(len(response) - 1)
+            sees[row, read, prompt] = True
+            sees[row, read, read] = True               # but not the other response
+            # The prompt's last token predicts the response's first one. Each token of the response
+            # predicts the next.
+            columns = np.array([prompt.stop - 1, *range(read.start, read.stop)])
             responses[side].append(response)
+            predicts[side].append(row * width + columns)
+            end = read.stop
+    sees &= np.tri(width, dtype=bool)                  # and nothing that comes later
+    # Padding sees itself: a softmax over nothing would be nan.
+    sees |= np.eye(width, dtype=bool)
 
-    # Chosen first, from here on.
-    all_rows = []
+    # Chosen first.
     all_responses = []
+    all_predicts = []
     for side in sides:
-        all_rows += rows[side]
         all_responses += responses[side]
-
-    predicts = []
-    owner = []
-    for number, (row, response) in enumerate(zip(all_rows, all_responses, strict=True)):
-        # A row has all of the prompt, and all of the response but its last token. So the last
-        # len(response) places of the row are the prompt's last token, then the response's own:
-        # each of them predicts the token that comes next. (A response is never empty.)
-        predicts.append(row[-len(response):])
-        owner.append(np.full(len(response), number))
+        all_predicts += predicts[side]
+    response_lengths = torch.tensor([len(response) for response in all_responses])
 
     indices = torch.as_tensor(indices, dtype=torch.int64)
     if reference_table is None:
-        reference_logps = torch.full((len(all_rows),), math.nan)
+        reference_logps = torch.full((len(all_responses),), math.nan)
     else:
         assert sides == SIDES, f"the reference is of both sides, the batch of {sides}"
         chosen = reference_table[0, indices]                       # (B,)
         rejected = reference_table[1, indices]                     # (B,)
         reference_logps = torch.cat([chosen, rejected])            # (2B,)
-    to_rows, to_line = make_grids(all_rows, length, grid_count)
     return PackedBatch(
-        tokens=joined(line),
-        positions=joined(positions),
-        to_rows=to_rows,
-        to_line=to_line,
-        predicts=joined(predicts),
-        targets=joined(all_responses),
-        owner=joined(owner),
-        response_lengths=torch.tensor([len(response) for response in all_responses]),
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        sees=torch.from_numpy(sees),
+        predicts=torch.from_numpy(np.concatenate(all_predicts)),
+        targets=torch.from_numpy(np.concatenate(all_responses).astype(np.int64)),
+        owner=torch.arange(len(all_responses)).repeat_interleave(response_lengths),
+        response_lengths=response_lengths,
         indices=indices,
         reference_logps=reference_logps,
     )
 
 
-def make_grids(rows: list[np.ndarray], length: int,
-               count: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """to_rows and to_line of a PackedBatch: the way into attention's rows, and back to the line.
+def arrange(lengths: list[int]) -> tuple[int, int, list[tuple[int, int]]]:
+    """How to lay pieces of these lengths in rows with little padding: how many rows, how long they
+    are, and for each piece its row and first column.
 
-    rows: of each response the places of its tokens, the prompt's first. length: of the line.
-    count: the rows stand in up to so many grids, each with rows of like length. Rows of 2, 3 and 40
-    tokens fill 3 x 40 cells of one grid, but 2 x 3 and 1 x 40 cells of two. Padding is place 0: the
-    model computes something there, and nothing reads it.
-
-    In DPO a prompt stands in two rows. As no token sees what comes later, its results are the same
-    in both, and to_line takes those of one row. The copy in the other row is needed all the same:
-    the response there attends to its keys and values. In the backward pass both copies send their
-    gradients to the same place of the line, where they add up.
+    Rows that are a little longer than the longest piece may leave less padding, so some lengths are
+    tried. Much longer rows would cost time in attention, whose work grows with their square.
     """
-    if count > 1:
-        rows = sorted(rows, key=len)   # in any order: nothing else asks where a row is
-    group_size = math.ceil(len(rows) / count)
-    to_rows = []
-    to_line = np.zeros(length, np.int64)
-    cell = 0                       # the number of the first cell of a row, through all grids
-    for first in range(0, len(rows), group_size):
-        group = rows[first:first + group_size]
-        width = max(len(row) for row in group)
-        grid = np.zeros((len(group), width), np.int64)
-        for i, row in enumerate(group):
-            grid[i, :len(row)] = row
-            # Where a prompt stands in two rows, the later row overwrites the earlier one's numbers.
-            to_line[row] = cell + np.arange(len(row))
-            cell += width
-        to_rows.append(torch.from_numpy(grid))
-    return tuple(to_rows), torch.from_numpy(to_line)
+    longest = max(lengths)
+    best = None
+    fewest = math.inf
+    for width in range(longest, longest + longest // 4 + 1, max(1, longest // 32)):
+        row_count, starts = first_fit(lengths, width)
+        if row_count * width < fewest:
+            fewest = row_count * width
+            best = row_count, width, starts
+    return best
 
 
-def joined(arrays: list) -> Tensor:
-    """One int64 tensor of all these arrays, one after the other: an index for gather is int64."""
-    # Some are lists, and of an empty list numpy would make floats.
-    return torch.from_numpy(np.concatenate([np.asarray(ids, np.int64) for ids in arrays]))
+def first_fit(lengths: list[int], width: int) -> tuple[int, list[tuple[int, int]]]:
+    """The longest piece first, each into the first row that has room for it.
+
+    >>> first_fit([2, 5, 2], width=5)
+    (2, [(1, 0), (0, 0), (1, 2)])
+    """
+    used = []                                          # how many columns of each row are taken
+    starts = [(0, 0)] * len(lengths)
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        row = 0
+        while row < len(used) and used[row] + lengths[number] > width:
+            row += 1
+        if row == len(used):
+            used.append(0)                             # a new row
+        starts[number] = (row, used[row])
+        used[row] += lengths[number]
+    return len(used), starts
 
 
 def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: int, start: int = 0,
-            reference_table: Tensor | None = None, sides: tuple[str, ...] = SIDES,
-            grid_count: int = 1) -> Iterator[list[PackedBatch]]:
+            reference_table: Tensor | None = None,
+            sides: tuple[str, ...] = SIDES) -> Iterator[list[PackedBatch]]:
     """For each update, from number `start` on and without end, the micro-batches of its pairs.
 
     An epoch holds each pair once; its last update may have fewer pairs. The order is shuffled anew
     for each epoch, and follows from (seed, epoch) alone: so a resumed run sees the same batches.
-    An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs:
-    so the pairs of a micro-batch are of like length, and attention's rows have less padding.
-    reference_table, sides, grid_count: see pack.
+    An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs.
+    So the short pairs stand in short rows, where attention has less work.
+    reference_table, sides: see pack.
     """
     updates_per_epoch = math.ceil(len(pairs) / batch_pairs)
     for update in itertools.count(start):
@@ -464,22 +454,21 @@ def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: in
         order = shuffled(len(pairs), seed, epoch)
         first = number_in_epoch * batch_pairs
         indices = order[first:first + batch_pairs]
-        yield list(micro_batches(pairs, indices, micro_pairs, reference_table, sides, grid_count))
+        yield list(micro_batches(pairs, indices, micro_pairs, reference_table, sides))
 
 
 def by_length(pairs: list[TokenPair], micro_pairs: int, reference_table: Tensor | None = None,
-              sides: tuple[str, ...] = SIDES, grid_count: int = 1) -> Iterator[PackedBatch]:
+              sides: tuple[str, ...] = SIDES) -> Iterator[PackedBatch]:
     """For passes without updates: all pairs once, by length, in batches of up to micro_pairs.
 
-    reference_table, sides, grid_count: see pack.
+    reference_table, sides: see pack.
     """
-    indices = np.arange(len(pairs))
-    return micro_batches(pairs, indices, micro_pairs, reference_table, sides, grid_count)
+    return micro_batches(pairs, np.arange(len(pairs)), micro_pairs, reference_table, sides)
 
 
 def micro_batches(pairs: list[TokenPair], indices: np.ndarray, micro_pairs: int,
-                  reference_table: Tensor | None, sides: tuple[str, ...],
-                  grid_count: int) -> Iterator[PackedBatch]:
+                  reference_table: Tensor | None,
+                  sides: tuple[str, ...]) -> Iterator[PackedBatch]:
     """The pairs at these places, sorted by length, in batches of up to micro_pairs.
 
     A pair's length is that of its prompt and both responses.
@@ -491,7 +480,7 @@ def micro_batches(pairs: list[TokenPair], indices: np.ndarray, micro_pairs: int,
     indices = indices[np.argsort(lengths, kind="stable")]
     for first in range(0, len(indices), micro_pairs):
         part = indices[first:first + micro_pairs]
-        yield pack([pairs[index] for index in part], part, reference_table, sides, grid_count)
+        yield pack([pairs[index] for index in part], part, reference_table, sides)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:

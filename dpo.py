@@ -416,21 +416,20 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 # - Logits of prompts and padding. The loss needs only those that predict a token of a response, and
 #   GPT-2's head, with its 50,257 tokens, is a large part of the model.
 #
-# In a packed batch the tokens stand in one line: each prompt once, then its two responses. Say a
-# prompt has 3 tokens (p), its chosen response 4 (c), and the rejected one 2 (r). The last token of
-# a response is left out of the line: it is predicted, but nothing is predicted from it. Of padded
-# rows only the longest loses its last token so, with the last column; the others lose padding (the
-# dots).
+# A packed batch lays several pairs in one row, each with its prompt once. Say a prompt has 3 tokens
+# (p), its chosen response 4 (c), and the rejected one 2 (r). The last token of a response is left
+# out of the row: it is predicted, but nothing is predicted from it. The rest of the row has room
+# for other pairs (the dots).
 #
-#     padded rows    p p p c c c c         without the last column    p p p c c c
-#                    p p p r r . .                                    p p p r r .
+#     padded rows    p p p c c c c
+#                    p p p r r x x
 #
-#     one line       p p p c c c r
+#     packed row     p p p c c c r . . . . . . .
 #
-# Nearly all that a Transformer does, it does to each token alone. There it needs no rows, and reads
-# each prompt once and no padding. Only attention needs rows, in which r doesn't see c. So attention
-# copies its rows from the line, prompts twice and with some padding, and its results are taken back
-# to the line. At the end, logits are computed only where a token of a response is predicted.
+# A mask tells attention which tokens each token sees: those before it of its own pair, but r does
+# not see c. Each token also has the position that it has in its own text: r follows the prompt, as
+# c does. Attention is the only place where tokens meet, so every token gets the same result as in
+# its padded row. At the end, logits are computed only where a token of a response is predicted.
 # train.py trains with packed batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
@@ -438,94 +437,83 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 #
 #     45.2    padded rows, by sequence_logps
 #     31.3    padded rows, with the logits of responses alone
-#     14.5    packed: each prompt once, and no padding outside attention
-#     13.3    packed, and attention's rows in eight groups of like length, for less padding there
+#     14.5    packed: each prompt once, and hardly any padding
 #
-# Further letters: N tokens of a packed batch, M predictions, C width of the model.
+# Further letters: M predictions, C width of the model.
 
 
 def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     """The logps (2B,) of a packed batch, in nats, chosen first: those of sequence_logps, rounded
     in another way. (B,) for the batches of SFT, which hold chosen responses alone.
 
-    model: the GPT2 of model.py. batch: data.pack makes it from B pairs, see data.PackedBatch.
+    model: the GPT2 of model.py. batch: a data.PackedBatch, which data.pack makes from B pairs.
     piece: how many predictions have logits at a time, also in the backward pass. 4,500 predictions,
     as 32 pairs of hh-rlhf have, times 50,257 tokens would fill 0.9 GB, several times over.
     tests/test_dpo.py holds this function equal to sequence_logps, with its gradients.
 
-    Here are two pairs. 99 is the end-of-text token. The responses of pair 1 have none, as if they
-    had been cut.
+    Here are three pairs. 99 is the end-of-text token. Responses without it were cut.
 
         pair 0: prompt 10 11    chosen 20 21 99    rejected 30 99
         pair 1: prompt 12       chosen 40          rejected 41 42
+        pair 2: prompt 13       chosen 50 99       rejected 51
 
     >>> import data
     >>> from model import GPT2, GPT2Config
     >>> batch = data.pack([data.TokenPair([10, 11], [20, 21, 99], [30, 99]),
-    ...                    data.TokenPair([12], [40], [41, 42])], indices=[0, 1])
+    ...                    data.TokenPair([12], [40], [41, 42]),
+    ...                    data.TokenPair([13], [50, 99], [51])], indices=[0, 1, 2])
 
-    In one line stand the 7 tokens that are read. The last token of a response is predicted, but
-    nothing is predicted from it, so it is not among them. A place counts along the line. A position
-    counts from the start of the token's own row: 30 follows the prompt, as 20 does.
-
-        place        0  1  2  3  4  5  6
-        token       10 11 20 21 30 12 41
-        position     0  1  2  3  2  0  1
+    Row 0 holds pair 0. Row 1 holds pairs 1 and 2, and a 0 of padding. Positions begin anew with
+    each pair, and those of the rejected response go on from the prompt's: 30 is at position 2, as
+    20 is.
 
     >>> batch.tokens
-    tensor([10, 11, 20, 21, 30, 12, 41])
+    tensor([[10, 11, 20, 21, 30],
+            [12, 41, 13, 50,  0]])
     >>> batch.positions
-    tensor([0, 1, 2, 3, 2, 0, 1])
+    tensor([[0, 1, 2, 3, 2],
+            [0, 1, 0, 1, 0]])
 
-    Attention sees a grid of rows, one for each response. to_rows says which place of the line
-    stands where: the rows of any x (7, C) of the line are x[to_rows[0]] (4, 4, C). The dots are
-    padding. In the tensor, padding is place 0, too: nobody reads the result there.
+    sees says which tokens (across) each token (down) sees. 30, the last one of row 0, sees the
+    prompt and itself, but not 20 and 21, of the chosen response. In row 1 no pair sees the other.
 
-                                   tokens         to_rows
-        chosen of pair 0         10 11 20 21     0  1  2  3
-        chosen of pair 1         12  .  .  .     5  .  .  .
-        rejected of pair 0       10 11 30  .     0  1  4  .
-        rejected of pair 1       12 41  .  .     5  6  .  .
+    >>> batch.sees.int()
+    tensor([[[1, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0],
+             [1, 1, 1, 0, 0],
+             [1, 1, 1, 1, 0],
+             [1, 1, 0, 0, 1]],
+    <BLANKLINE>
+            [[1, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0],
+             [0, 0, 1, 0, 0],
+             [0, 0, 1, 1, 0],
+             [0, 0, 0, 0, 1]]], dtype=torch.int32)
 
-    >>> batch.to_rows[0]       # of the only grid: data.pack can make several
-    tensor([[0, 1, 2, 3],
-            [5, 0, 0, 0],
-            [0, 1, 4, 0],
-            [5, 6, 0, 0]])
-
-    Attention's results y (4, 4, C) go back to the line by y.flatten(0, 1)[to_line] (7, C): to_line
-    says for each place of the line in which cell it stands, of the grid's 16 cells, row by row. A
-    place of a prompt stands in two. Both have the same result (but for rounding), as a prompt sees
-    only itself, and the later cell's is taken: cell 8 for place 0, 9 for place 1, 12 for place 5.
-    The earlier cell is needed, too: the chosen response sees it, and by this sends its gradient to
-    the prompt.
-
-    >>> batch.to_line
-    tensor([ 8,  9,  2,  3, 10, 12, 13])
-    >>> batch.to_rows[0].flatten()[batch.to_line]      # to the rows and back: each place is itself
-    tensor([0, 1, 2, 3, 4, 5, 6])
-
-    Each token of a response is predicted at one place: its first token at the prompt's last place,
-    and the others at the response's own places. So place 1 predicts both 20 and 30. For each
-    prediction, predicts is the place, targets the token that came, owner the response (0 to 3, in
-    the order of the rows above) to which it belongs:
+    Each token of a response is predicted at one place: its first token at the prompt's last token,
+    and each other one at the token before it. Places are numbered row by row: 0 to 4 are row 0, 5
+    to 9 are row 1. So place 1, with token 11, predicts both 20 and 30. For each prediction,
+    predicts is the place, targets the token that came, owner the response (0 to 5) to which it
+    belongs, chosen first: 0 is the chosen response of pair 0, 3 its rejected response.
 
     >>> torch.stack([batch.predicts, batch.targets, batch.owner])
-    tensor([[ 1,  2,  3,  5,  1,  4,  5,  6],
-            [20, 21, 99, 40, 30, 99, 41, 42],
-            [ 0,  0,  0,  1,  2,  2,  3,  3]])
+    tensor([[ 1,  2,  3,  5,  7,  8,  1,  4,  5,  6,  7],
+            [20, 21, 99, 40, 50, 99, 30, 99, 41, 42, 51],
+            [ 0,  0,  0,  1,  2,  2,  3,  3,  4,  4,  5]])
 
-    The same four numbers as from padded rows:
+    The same six numbers as from padded rows:
 
     >>> model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=100))
-    >>> rows = torch.tensor([[10, 11, 20, 21, 99], [12, 40, 0, 0, 0],
-    ...                      [10, 11, 30, 99, 0], [12, 41, 42, 0, 0]])
-    >>> mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 1, 1, 0, 0]])
+    >>> rows = torch.tensor([[10, 11, 20, 21, 99], [12, 40, 0, 0, 0], [13, 50, 99, 0, 0],
+    ...                      [10, 11, 30, 99, 0], [12, 41, 42, 0, 0], [13, 51, 0, 0, 0]])
+    >>> mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0],
+    ...                      [0, 0, 1, 1, 0], [0, 1, 1, 0, 0], [0, 1, 0, 0, 0]])
     >>> torch.allclose(packed_logps(model, batch), sequence_logps(model, rows, mask.bool()))
     True
     """
-    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.to_rows, batch.to_line)
-    hidden = hidden.index_select(0, batch.predicts)    # (N, C) -> (M, C): what predicts a response
+    hidden = model.hidden(batch.tokens, batch.positions, batch.sees)   # (R, T, C)
+    hidden = hidden.flatten(0, 1)                      # (R * T, C): one for each place
+    hidden = hidden.index_select(0, batch.predicts)    # (M, C): those that predict a response
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
     head = minus_mean_row(head)                        # the same log p, with finer rounding
 

@@ -4,13 +4,12 @@ Read from top to bottom:
 
 1. the model           GPT2Config, CausalSelfAttention, MLP, Block, GPT2
 2. generation          answers to prompts, with a KV cache
-3. packed rows         attention for packed batches, which save time in training
-4. adapters            small MLPs beside GPT-2's own MLPs, or in their place
-5. files               OpenAI's weights, as the Hugging Face hub has them, and back
+3. adapters            small MLPs beside GPT-2's own MLPs, or in their place
+4. files               OpenAI's weights, as the Hugging Face hub has them, and back
 
 Needs torch, and numpy for reading and writing files. The letters in the shapes: R rows, T tokens of
-a row, N tokens of a packed batch, C width (n_embd), H heads, D width of a head (C / H), V tokens
-of the vocabulary, S places of a row in the KV cache.
+a row, C width (n_embd), H heads, D width of a head (C / H), V tokens of the vocabulary, S places of
+a row in the KV cache.
 """
 
 import dataclasses
@@ -52,18 +51,27 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sees: Tensor | None = None) -> Tensor:
         """Rows of tokens: (R, T, C) -> (R, T, C).
 
-        scaled_dot_product_attention is a faster form of these four lines:
+        sees (R, T, T) bool: at [r, t, s] whether, in row r, token t sees token s. If it is left
+        out, a token sees itself and all tokens before it.
 
-            later = torch.ones(T, T, dtype=torch.bool).triu(1)         # (T, T): [t, s] is s > t
+        scaled_dot_product_attention is a faster form of these lines:
+
+            if sees is None:
+                sees = torch.ones(T, T, dtype=torch.bool).tril()       # [t, s] is s <= t
+            else:
+                sees = sees[:, None]                                   # (R, 1, T, T): for all heads
             scores = q @ k.transpose(-2, -1) / math.sqrt(D)            # (R, H, T, T)
-            scores = scores.masked_fill(later, -math.inf)
+            scores = scores.masked_fill(~sees, -math.inf)
             y = scores.softmax(-1) @ v                                 # (R, H, T, D)
         """
         q, k, v = self.heads(self.c_attn(x))                           # (R, H, T, D) each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)    # (R, H, T, D)
+        if sees is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None])
         y = y.transpose(1, 2).flatten(2)                               # (R, T, C)
         return self.c_proj(y)
 
@@ -100,8 +108,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config.n_embd, config.n_inner)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, sees: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), sees)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -152,12 +160,22 @@ class GPT2(nn.Module):
         if length > context:
             raise ValueError(f"rows of {length} tokens, expected at most {context}, the context of "
                              f"this model: cut the rows")
-        positions = torch.arange(length, device=tokens.device)        # (T,)
+        return self.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None,
+               sees: Tensor | None = None) -> Tensor:
+        """The last hidden states, which the head reads: tokens (R, T) int64 -> (R, T, C).
+
+        positions (R, T) int64: of each token in its text. If left out: 0, 1, 2, ... in each row.
+        sees (R, T, T) bool: which tokens each token sees. If left out: itself and those before it.
+        dpo.packed_logps gives both, as its rows hold several texts each.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)   # (T,)
         x = self.wte(tokens) + self.wpe(positions)                    # (R, T, C)
         for block in self.h:
-            x = block(x)
-        x = self.ln_f(x)
-        return self.logits(x)
+            x = block(x, sees)
+        return self.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: (..., C) -> (..., V). Its weights are those of the embedding ("tied")."""
@@ -334,60 +352,7 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
     return attn.c_proj(y)
 
 
-# 3. Packed rows ---------------------------------------------------------------------------------
-#
-# Packed batches save time in training. Attention is the only place where tokens meet. So tokens
-# that stand in another form than plain rows need another attention (and their positions told), and
-# nothing else: the loop over the blocks repeats Block.forward, with this attention in the place of
-# its own. cached_hidden, above, does the same for rows with a cache.
-
-
-def packed_hidden(model: GPT2, tokens: Tensor, positions: Tensor, to_rows: tuple[Tensor, ...],
-                  to_line: Tensor) -> Tensor:
-    """The last hidden states, which the head reads, for a packed batch: (N, C).
-
-    dpo.packed_logps shows such a batch with its numbers.
-
-    tokens (N,) int64: one line of tokens. positions (N,) int64: of each token in its row.
-    to_rows: (R, T) int64 each, grids of rows; to_rows[g][r, t] says which of the N tokens is the
-    t-th of row r. A prompt's tokens stand in a row for each response. Padding, on the right of a
-    row, is any token: the real tokens of the row don't see it.
-    to_line (N,) int64: where a token's result is found, among the cells of all grids, which are
-    numbered row by row, grid after grid.
-    """
-    x = model.wte(tokens) + model.wpe(positions)                   # (N, C)
-    for block in model.h:
-        x = x + packed_attention(block.attn, block.ln_1(x), to_rows, to_line)
-        x = x + block.mlp(block.ln_2(x))
-    return model.ln_f(x)
-
-
-# dpo.packed_logps calls it as a method of the model, and so need not import this file.
-GPT2.packed_hidden = packed_hidden
-
-
-def packed_attention(attn: CausalSelfAttention, x: Tensor, to_rows: tuple[Tensor, ...],
-                     to_line: Tensor) -> Tensor:
-    """Attention for a packed batch, see packed_hidden: (N, C) -> (N, C).
-
-    Gather the rows of each grid from the line of tokens, qkv[grid]; attend in the rows; take the
-    results back to the line, y[to_line]. (By index_select, which has a faster backward pass.)
-    """
-    qkv = attn.c_attn(x)                                           # (N, 3C): each token once
-    results = []
-    for grid in to_rows:
-        in_rows = qkv.index_select(0, grid.flatten())              # (R * T, 3C)
-        in_rows = in_rows.unflatten(0, grid.shape)                 # (R, T, 3C)
-        q, k, v = attn.heads(in_rows)                              # (R, H, T, D) each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        y = y.transpose(1, 2).flatten(2)                           # (R, T, C)
-        results.append(y.flatten(0, 1))                            # (R * T, C)
-    y = torch.cat(results)                                         # (all cells, C)
-    y = y.index_select(0, to_line)                                 # (N, C)
-    return attn.c_proj(y)
-
-
-# 4. Adapters ------------------------------------------------------------------------------------
+# 3. Adapters ------------------------------------------------------------------------------------
 #
 # An adapter is an MLP as GPT-2 has it, only narrower. Houlsby et al. 2019 (arXiv:1902.00751) put
 # adapters behind attention and behind the MLP. A parallel adapter stands beside the MLP (He et al.
@@ -520,7 +485,7 @@ def merged_mlp(mlp: MLP, adapter: MLP) -> MLP:
     return merged
 
 
-# 5. Files ---------------------------------------------------------------------------------------
+# 4. Files ---------------------------------------------------------------------------------------
 #
 # Nothing here is about DPO. One calls `GPT2.from_pretrained` and `save_pretrained`; train.py also
 # writes its own files by `write_whole`.

@@ -158,7 +158,6 @@ class Machine(NamedTuple):
     """What a run computes on."""
     device: torch.device
     dtype: torch.dtype         # of matrix products; weights, sums and optimizer are float32
-    grid_count: int            # grids in which attention's rows stand: see data.pack
     piece: int                 # predictions that have logits at a time: see dpo.packed_logps
 
 
@@ -336,7 +335,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
 
     updates = data.batches(splits["train"], config.batch_pairs, config.micro_pairs, config.seed,
                            start=state.step, reference_table=reference_tables.get("train"),
-                           sides=sides, grid_count=machine.grid_count)
+                           sides=sides)
     first_step = state.step                            # of this process
     started = time.perf_counter()
     speeds = []                                        # tokens a second, since the last log line
@@ -448,12 +447,12 @@ def choose_machine(config: Config) -> Machine:
     # takes a sixth of a second, and hardly two of our batches have the same shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
-    # Each grid and each piece is some more calls. A GPU, on which a small model is bound by the
-    # calls, gets few large ones; a piece of 8,192 predictions, whose logits fill 1.6 GB, holds most
-    # batches. A CPU gets many small ones, with less padding and less memory.
+    # Each piece is some more calls. A GPU, on which a small model is bound by the calls, gets few
+    # large ones: 8,192 predictions, whose logits fill 1.6 GB, are most batches in one piece. A CPU
+    # gets many small ones, with less memory.
     if device.type == "cpu":
-        return Machine(device, dtype, grid_count=8, piece=128)
-    return Machine(device, dtype, grid_count=1, piece=8192)
+        return Machine(device, dtype, piece=128)
+    return Machine(device, dtype, piece=8192)
 
 
 def load_model(config: Config, machine: Machine) -> tuple[GPT2, tiktoken.Encoding]:
@@ -537,8 +536,7 @@ def eval_batches(pairs: list[data.TokenPair], config: Config, machine: Machine,
 
     For validation, the reference, and the test.
     """
-    for batch in data.by_length(pairs, config.micro_pairs, reference_table, sides,
-                                machine.grid_count):
+    for batch in data.by_length(pairs, config.micro_pairs, reference_table, sides):
         yield batch.to(machine.device)
 
 

@@ -93,7 +93,6 @@ def ours(job: dict, batches: list[list[data.TokenPair]], device: str) -> list:
     """Seconds and loss of each batch's update, with the ideas that the job names."""
     ideas = job["ideas"]
     machine = train.choose_machine(train.Config(dtype=job["dtype"]))
-    grids = job.get("grids", machine.grid_count)
     logps_function = all_logits
     if "packed" in ideas:
         logps_function = dpo.packed_logps
@@ -112,7 +111,7 @@ def ours(job: dict, batches: list[list[data.TokenPair]], device: str) -> list:
         numbers = first + np.arange(len(batches[number]))
         if "packed" not in ideas:
             return [pad(batches[number], numbers, device)]
-        passes = data.micro_batches(everything, numbers, MICRO_PAIRS, None, data.SIDES, grids)
+        passes = data.micro_batches(everything, numbers, MICRO_PAIRS, None, data.SIDES)
         return [batch.to(device) for batch in passes]
 
     model = GPT2.from_pretrained(job["folder"]).to(device)
@@ -334,12 +333,11 @@ STEPS = {  # name: what its turn is told
     "the paper's step": {"who": "paper"},
     "ours, full, buffers kept": {"who": "ours", "ideas": OURS, "env": KEPT},
     "trl, at its best, buffers kept": BEST | {"env": KEPT},
-    # From the naive step to ours, idea by idea. On a CPU the last is "ours, full" again.
+    # From the naive step to ours, idea by idea. The last is "ours, full" again.
     "naive": {"who": "ours", "ideas": []},
     "+ reference cached": {"who": "ours", "ideas": ["reference"]},
     "+ head where it counts": {"who": "ours", "ideas": ["reference", "head"]},
-    "+ packed batch, one grid": {"who": "ours", "ideas": OURS, "grids": 1},
-    "+ eight grids": {"who": "ours", "ideas": OURS, "grids": 8},
+    "+ packed batch": {"who": "ours", "ideas": OURS},
 }
 WRITERS = {
     "generate, ours": {"who": "generate", "setting": "ours"},

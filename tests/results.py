@@ -141,7 +141,7 @@ def logps_of(path: Path, pairs: list[data.Pair]) -> tuple[Tensor, Tensor]:
     device = model.wte.weight.device
     tokens, _ = data.tokenize(pairs, data.encoding_of(demo=False), 512, 256)
     assert len(tokens) == len(pairs)
-    batches = (batch.to(device) for batch in data.by_length(tokens, 32, grid_count=8))
+    batches = (batch.to(device) for batch in data.by_length(tokens, 32))
     with torch.no_grad():
         logps = dpo.reference_logps(lambda model, batch: dpo.packed_logps(model, batch), model,
                                     batches, len(tokens))

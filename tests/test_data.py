@@ -461,44 +461,49 @@ def numbered(*lengths: tuple[int, int, int]) -> list[TokenPair]:
 
 
 WORKED = [TokenPair(np.array([10, 11]), np.array([20, 21, END]), np.array([30, END])),
-          TokenPair(np.array([12]), np.array([40]), np.array([41, 42]))]
+          TokenPair(np.array([12]), np.array([40]), np.array([41, 42])),
+          TokenPair(np.array([13]), np.array([50, END]), np.array([51]))]
 
 
 def test_a_worked_batch():
-    """Two pairs: each prompt once, no padding among the tokens, last tokens only predicted."""
-    batch = pack(WORKED, [7, 3])
-    assert batch.tokens.tolist() == [10, 11, 20, 21, 30, 12, 41]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 2, 0, 1]
-    assert batch.predicts.tolist() == [1, 2, 3, 5, 1, 4, 5, 6]
-    assert batch.targets.tolist() == [20, 21, END, 40, 30, END, 41, 42]
-    assert batch.owner.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
-    assert batch.response_lengths.tolist() == [3, 1, 2, 2]
-    assert batch.indices.tolist() == [7, 3]
-
-    [grid] = batch.to_rows  # a row for each response, 0 for padding
-    assert grid.tolist() == [[0, 1, 2, 3], [5, 0, 0, 0], [0, 1, 4, 0], [5, 6, 0, 0]]
-    assert batch.to_line[2:5].tolist() == [2, 3, 10]
-    assert batch.to_line[6] == 13
-    assert batch.to_line[5] in (4, 12)  # a prompt stands in two rows, and either will do
-    assert batch.to_line[:2].tolist() in ([0, 1], [8, 9])
+    """Three pairs in two rows: each prompt once, last tokens only predicted, one 0 of padding."""
+    batch = pack(WORKED, [7, 3, 5])
+    assert batch.tokens.tolist() == [[10, 11, 20, 21, 30], [12, 41, 13, 50, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 1, 0]]
+    assert batch.sees.dtype == torch.bool
+    assert batch.sees.int().tolist() == [
+        [[1, 0, 0, 0, 0],
+         [1, 1, 0, 0, 0],
+         [1, 1, 1, 0, 0],
+         [1, 1, 1, 1, 0],
+         [1, 1, 0, 0, 1]],  # the rejected response sees the prompt, not the chosen one
+        [[1, 0, 0, 0, 0],
+         [1, 1, 0, 0, 0],
+         [0, 0, 1, 0, 0],   # another pair
+         [0, 0, 1, 1, 0],
+         [0, 0, 0, 0, 1]]]  # padding
+    assert batch.predicts.tolist() == [1, 2, 3, 5, 7, 8, 1, 4, 5, 6, 7]
+    assert batch.targets.tolist() == [20, 21, END, 40, 50, END, 30, END, 41, 42, 51]
+    assert batch.owner.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert batch.response_lengths.tolist() == [3, 1, 2, 2, 2, 1]
+    assert batch.indices.tolist() == [7, 3, 5]
 
 
 def test_a_worked_batch_of_the_chosen_side_alone():
-    batch = pack(WORKED, [7, 3], sides=("chosen",), grid_count=2)
-    assert batch.tokens.tolist() == [10, 11, 20, 21, 12]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 0]
-    assert [grid.tolist() for grid in batch.to_rows] == [[[4]], [[0, 1, 2, 3]]]
-    assert batch.to_line.tolist() == [1, 2, 3, 4, 0]
-    assert batch.predicts.tolist() == [1, 2, 3, 4]
-    assert batch.targets.tolist() == [20, 21, END, 40]
-    assert batch.owner.tolist() == [0, 0, 0, 1]
-    assert batch.response_lengths.tolist() == [3, 1]
-    assert batch.indices.tolist() == [7, 3]
+    """4, 1 and 2 tokens, in rows of 4."""
+    batch = pack(WORKED, [7, 3, 5], sides=("chosen",))
+    assert batch.tokens.tolist() == [[10, 11, 20, 21], [13, 50, 12, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
+    assert batch.predicts.tolist() == [1, 2, 3, 6, 4, 5]
+    assert batch.targets.tolist() == [20, 21, END, 40, 50, END]
+    assert batch.owner.tolist() == [0, 0, 0, 1, 2, 2]
+    assert batch.response_lengths.tolist() == [3, 1, 2]
+    assert batch.indices.tolist() == [7, 3, 5]
 
 
 def test_a_worked_padded_batch():
-    """The same two pairs in rows, chosen first; the mask is on the responses, last tokens too."""
-    batch = data.pad(WORKED, [7, 3])
+    """The first two in rows, chosen first; the mask is on the responses, last tokens too."""
+    batch = data.pad(WORKED[:2], [7, 3])
     assert batch.tokens.tolist() == [[10, 11, 20, 21, END], [12, 40, 0, 0, 0],
                                      [10, 11, 30, END, 0], [12, 41, 42, 0, 0]]
     assert batch.mask.tolist() == [[False, False, True, True, True],
@@ -507,7 +512,7 @@ def test_a_worked_padded_batch():
                                    [False, True, True, False, False]]
     assert batch.indices.tolist() == [7, 3]
     assert batch.mask.dtype == torch.bool
-    of_array = data.pad(WORKED, np.array([7, 3], np.int32))
+    of_array = data.pad(WORKED[:2], np.array([7, 3], np.int32))
     assert of_array.indices.dtype == torch.int64
     moved = batch.to("meta")
     assert [tensor.device.type for tensor in moved] == ["meta"] * 3
@@ -517,20 +522,9 @@ def test_a_worked_padded_batch():
 def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...]) -> None:
     """Read a batch back, as a model sees it: what each prediction's token can attend to, in order,
     must be exactly its pair's prompt and response up to there, each token at its own position."""
-    contexts = []  # for each cell: the places in `tokens` that it can attend to
-    for grid in batch.to_rows:
-        for row in grid.tolist():
-            for column in range(len(row)):
-                contexts.append(row[:column + 1])
-
-    tokens = batch.tokens.tolist()
-    positions = batch.positions.tolist()
-    cells = batch.to_line.tolist()
-    assert len(tokens) == len(positions) == len(cells)
-    for place, cell in enumerate(cells):
-        context = contexts[cell]
-        assert context[-1] == place
-        assert [positions[seen] for seen in context] == list(range(len(context)))
+    rows, width = batch.tokens.shape
+    assert batch.positions.shape == (rows, width)
+    assert batch.sees.shape == (rows, width, width)
 
     expected = []  # (response, what it predicts, from which tokens)
     response_lengths = []
@@ -548,15 +542,23 @@ def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...
     found = []
     for owner, place, target in zip(batch.owner.tolist(), batch.predicts.tolist(),
                                     batch.targets.tolist(), strict=True):
-        context = [tokens[seen] for seen in contexts[cells[place]]]
-        found.append((owner, target, context))
+        row, column = divmod(place, width)
+        seen = batch.sees[row, column].nonzero()[:, 0]
+        assert seen[-1] == column  # itself, and nothing that comes later
+        assert batch.positions[row, seen].tolist() == list(range(len(seen)))
+        found.append((owner, target, batch.tokens[row, seen].tolist()))
     assert found == expected
     assert batch.response_lengths.tolist() == response_lengths
-    assert len(tokens) == read + sum(len(pair.prompt) for pair in own_pairs)
 
+    # Ids begin at 1000. Each token stands once; the rest is padding, which sees itself alone.
+    real = batch.tokens > 0
+    assert real.sum() == read + sum(len(pair.prompt) for pair in own_pairs)
+    assert batch.tokens[real].unique().numel() == real.sum()
+    assert torch.equal(batch.sees[~real], torch.eye(width, dtype=bool).expand(rows, -1, -1)[~real])
+
+    assert batch.sees.dtype == torch.bool
     assert batch.reference_logps.dtype == torch.float32
-    for tensor in [*batch.to_rows, *batch._replace(to_rows=batch.tokens,
-                                                       reference_logps=batch.indices)]:
+    for tensor in batch._replace(sees=batch.indices, reference_logps=batch.indices):
         assert tensor.dtype == torch.int64
 
 
@@ -564,24 +566,45 @@ lengths = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=9)
 some_sides = st.sampled_from([("chosen", "rejected"), ("chosen",), ("rejected",)])
 
 
-@given(lengths, some_sides, st.integers(1, 6))
+@given(lengths, some_sides)
 @settings(max_examples=150)
-def test_each_pair_can_be_read_back_from_a_batch_of_any_lengths(lengths, sides, grids):
+def test_each_pair_can_be_read_back_from_a_batch_of_any_lengths(lengths, sides):
     pairs = numbered(*lengths)
-    batch = pack(pairs, np.arange(len(pairs)), sides=sides, grid_count=grids)
-    check(batch, pairs, sides)
-    rows = len(sides) * len(pairs)
-    assert len(batch.to_rows) == math.ceil(rows / math.ceil(rows / grids)) <= grids
+    check(pack(pairs, np.arange(len(pairs)), sides=sides), pairs, sides)
 
 
-def test_grids_hold_rows_of_like_length():
-    """Rows of 4, 4, 8 and 40 tokens: in two grids 2 x 4 and 2 x 40 cells, instead of 4 x 40."""
-    batch = pack(numbered((3, 2, 38), (3, 2, 6)), [0, 1], grid_count=2)
-    assert [tuple(grid.shape) for grid in batch.to_rows] == [(2, 4), (2, 40)]
+def test_the_longest_piece_is_laid_first_each_in_the_first_row_with_room():
+    """9 fills a row. 6 and 5 begin rows. 4 goes behind 5, 3 behind 6, and 2 begins a row."""
+    count, starts = data.first_fit([3, 9, 4, 2, 6, 5], width=9)
+    assert count == 4
+    assert starts == [(1, 6), (0, 0), (2, 5), (3, 0), (1, 0), (2, 0)]
 
 
-@pytest.mark.parametrize("grids", [1, 3])
-def test_a_model_computes_the_same_on_a_packed_batch_as_on_each_row_alone(grids):
+def test_rows_are_as_long_as_leaves_the_least_padding():
+    """Pieces of 32, 20 and 20: three rows of 32 are 96 cells, two of 40 are 80. Of 16 and 8: one
+    row of 24 would be all full, but rows are at most a quarter longer than the longest piece."""
+    count, width, starts = data.arrange([32, 20, 20])
+    assert (count, width) == (2, 40)
+    assert starts == [(0, 0), (1, 0), (1, 20)]
+    assert data.arrange([16, 8])[:2] == (2, 16)
+    assert data.arrange([16, 4])[:2] == (1, 20)
+    assert data.arrange([1]) == (1, 1, [(0, 0)])
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
+def test_pieces_lie_in_rows_without_overlap(lengths):
+    count, width, starts = data.arrange(lengths)
+    assert max(lengths) <= width <= 1.25 * max(lengths)
+    taken = np.zeros((count, width), int)
+    for length, (row, start) in zip(lengths, starts, strict=True):
+        assert start + length <= width
+        taken[row, start:start + length] += 1
+    assert taken.max() == 1
+    assert taken.sum(1).min() >= 1                     # no row is empty
+    assert count * width <= data.first_fit(lengths, max(lengths))[0] * max(lengths)
+
+
+def test_a_model_computes_the_same_on_a_packed_batch_as_on_each_row_alone():
     torch.manual_seed(0)
     config = GPT2Config(n_layer=2, n_head=2, n_embd=8, n_positions=32, vocab_size=60, n_inner=16)
     model = GPT2(config).requires_grad_(False)
@@ -589,8 +612,9 @@ def test_a_model_computes_the_same_on_a_packed_batch_as_on_each_row_alone(grids)
     pairs = []
     for lengths in ((3, 5, 2), (7, 1, 9), (1, 4, 4)):
         pairs.append(TokenPair(*[rng.integers(60, size=length) for length in lengths]))
-    batch = pack(pairs, np.arange(3), grid_count=grids)
-    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.to_rows, batch.to_line)
+    batch = pack(pairs, np.arange(3))
+    assert len(batch.tokens) == 2                      # so two pairs share a row
+    hidden = model.hidden(batch.tokens, batch.positions, batch.sees).flatten(0, 1)
     logits = model.logits(hidden[batch.predicts])
 
     alone = []
@@ -606,36 +630,40 @@ TABLE = torch.tensor([[-10.0, -11.0, -12.0],   # of the chosen responses of pair
 
 
 def test_a_batch_has_its_own_pairs_reference_chosen_first():
-    batch = pack(WORKED, [2, 0], TABLE)
+    batch = pack(WORKED[:2], [2, 0], TABLE)
     assert batch.reference_logps.tolist() == [-12.0, -10.0, -22.0, -20.0]
-    batch = pack(WORKED, np.array([1, 2]), TABLE)
+    batch = pack(WORKED[:2], np.array([1, 2]), TABLE)
     assert batch.reference_logps.tolist() == [-11.0, -12.0, -21.0, -22.0]
 
 
 def test_a_reference_is_of_both_sides():
     """Supervised fine-tuning has one side, and no reference."""
     with pytest.raises(AssertionError, match="both sides"):
-        pack(WORKED, [2, 0], TABLE, sides=("chosen",))
+        pack(WORKED[:2], [2, 0], TABLE, sides=("chosen",))
 
 
 def test_a_reference_that_was_not_asked_is_nan():
     """So a loss that reads it shows at once."""
-    reference = pack(WORKED, [2, 0]).reference_logps
+    reference = pack(WORKED[:2], [2, 0]).reference_logps
     assert reference.shape == (4,)
     assert reference.isnan().all()
-    assert pack(WORKED, [2, 0], sides=("chosen",)).reference_logps.isnan().tolist() == [True, True]
+    reference = pack(WORKED[:2], [2, 0], sides=("chosen",)).reference_logps
+    assert reference.isnan().tolist() == [True, True]
 
 
 def test_a_batch_moves_with_all_its_parts():
-    batch = pack(WORKED, [7, 3], grid_count=2).to("meta")
-    assert len(batch.to_rows) == 2
-    for tensor in [*batch.to_rows, *batch._replace(to_rows=batch.tokens)]:
-        assert tensor.is_meta
+    """Each tensor to its own field."""
+    batch = pack(WORKED, [7, 3, 5])
+    moved = batch.to("meta")
+    for name, tensor in moved._asdict().items():
+        assert tensor.is_meta, name
+        assert tensor.shape == getattr(batch, name).shape, name
+        assert tensor.dtype == getattr(batch, name).dtype, name
 
 
 def test_a_batch_moves_by_plain_copies_that_wait(monkeypatch):
     """From unpinned memory, non_blocking=True silently gave wrong numbers on Apple GPUs."""
-    batch = pack(WORKED, [7, 3], grid_count=2)
+    batch = pack(WORKED, [7, 3, 5])
     calls = []
 
     def record(tensor, *args, **kwargs):
@@ -644,7 +672,7 @@ def test_a_batch_moves_by_plain_copies_that_wait(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", record)
     batch.to("cpu")
-    assert calls == [(("cpu",), {})] * 11  # nine fields of one tensor, and two grids
+    assert calls == [(("cpu",), {})] * 9
 
 
 # Batches
@@ -714,22 +742,19 @@ def test_micro_batches_bring_their_own_pairs_reference():
 
 
 @given(lengths, st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 9),
-       some_sides, st.integers(1, 3))
+       some_sides)
 @settings(max_examples=100)
-def test_each_pair_comes_once_an_epoch(lengths, batch_pairs, micro_pairs, seed, start, sides,
-                                       grids):
+def test_each_pair_comes_once_an_epoch(lengths, batch_pairs, micro_pairs, seed, start, sides):
     pairs = numbered(*lengths)
     per_epoch = math.ceil(len(pairs) / batch_pairs)
     shapes = {"batch_pairs": batch_pairs, "micro_pairs": micro_pairs, "seed": seed}
-    whole = list(islice(batches(pairs, sides=sides, grid_count=grids, **shapes), 2 * per_epoch))
+    whole = list(islice(batches(pairs, sides=sides, **shapes), 2 * per_epoch))
 
     pair_tokens = [sum(map(len, pair)) for pair in pairs]
     held = []  # the pairs of each update
     for micro_batches in whole:
         for batch in micro_batches:
             check(batch, pairs, sides)
-            rows = len(sides) * len(batch.indices)
-            assert len(batch.to_rows) == math.ceil(rows / math.ceil(rows / grids)) <= grids
         sizes = [len(batch.indices) for batch in micro_batches]
         assert sizes[:-1] == [micro_pairs] * (len(sizes) - 1)
         assert 1 <= sizes[-1] <= micro_pairs

@@ -59,7 +59,7 @@ def batch_of(sides: tuple[str, ...]) -> data.PackedBatch:
     lengths = ((3, 2, 4), (5, 1, 2), (2, 7, 3))
     pairs = [data.TokenPair(*(rng.integers(0, 50, n) for n in row)) for row in lengths]
     reference = torch.zeros(2, 3) if len(sides) == 2 else None
-    return data.pack(pairs, [0, 1, 2], reference, sides, grid_count=2).to("meta")
+    return data.pack(pairs, [0, 1, 2], reference, sides).to("meta")
 
 
 def test_the_watch_sees_a_tensor_that_was_left_on_the_cpu():

@@ -355,13 +355,12 @@ def test_train_dpo_is_its_lines_by_hand():
 # The same numbers, faster -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grids", [1, 2, 8])
 @pytest.mark.parametrize("piece", [1, 3, 1000])
-def test_packed_logps_are_sequence_logps_with_their_gradients(model, grids, piece):
+def test_packed_logps_are_sequence_logps_with_their_gradients(model, piece):
     """In float64 to 1e-10. A gradient of another weight for each response shows mixed-up rows."""
     weights = torch.tensor([3.0, -1.0, 0.5, 2.0, 7.0, -2.0, 1.0, 4.0])
     plain = dpo.sequence_logps(model, *padded_rows(PAIRS, width=14))
-    packed = dpo.packed_logps(model, data.pack(PAIRS, NUMBERS, grid_count=grids), piece)
+    packed = dpo.packed_logps(model, data.pack(PAIRS, NUMBERS), piece)
     torch.testing.assert_close(packed, plain, rtol=1e-10, atol=0)
     assert close(gradients(model, (weights * packed).sum()),
                  gradients(model, (weights * plain).sum()), 1e-10)
@@ -427,11 +426,11 @@ def test_sft_reads_the_chosen_responses_alone(model):
     torch.testing.assert_close(found, -chosen / lengths, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("order, grids", [([0, 1, 2, 3], 1), ([2, 0, 3, 1], 8)])
-def test_neither_padding_nor_batch_mates_nor_order_matter(model, order, grids):
-    """Rows in one grid are padded to the longest; alone in a grid they are not padded at all."""
+@pytest.mark.parametrize("order", [[2, 0, 3, 1], [1, 3, 2, 0]])
+def test_neither_padding_nor_batch_mates_nor_order_matter(model, order):
+    """A pair alone fills its row: no mate, no padding. With others it has other rows and mates."""
     batch = data.pack(PAIRS, NUMBERS, REFERENCE)
-    other = data.pack([PAIRS[i] for i in order], order, REFERENCE, grid_count=grids)
+    other = data.pack([PAIRS[i] for i in order], order, REFERENCE)
     logps = dpo.packed_logps(model, batch)
     found = dpo.packed_logps(model, other)
     torch.testing.assert_close(found.view(2, 4), logps.view(2, 4)[:, order])
@@ -439,19 +438,22 @@ def test_neither_padding_nor_batch_mates_nor_order_matter(model, order, grids):
     other_loss = dpo.dpo_metrics(found, other.reference_logps, 0.5)["loss"].mean()
     assert close(gradients(model, other_loss), gradients(model, loss))
 
-    alone = [dpo.packed_logps(model, data.pack([pair], [0])) for pair in PAIRS]
-    torch.testing.assert_close(torch.stack(alone, 1), logps.view(2, 4))
+    for mates in ([0], [1], [2], [3], [0, 1], [1, 2], [0, 2, 3]):
+        some = data.pack([PAIRS[i] for i in mates], mates)
+        found = dpo.packed_logps(model, some)
+        torch.testing.assert_close(found.view(2, -1), logps.view(2, 4)[:, mates])
 
 
-def test_a_token_after_the_response_changes_nothing(model):
-    """Whatever the padding of attention's rows names: the same bits, and gradients to 1e-12."""
+def test_other_padding_changes_nothing(model):
+    """Whatever token stands there, at whatever position: the same bits, and gradients too."""
     batch = data.pack(PAIRS, NUMBERS)
-    grid = batch.to_rows[0]
-    real = batch.positions[grid] == torch.arange(grid.shape[1])
-    other_grid = torch.where(real, grid, len(batch.tokens) - 1)
-    assert (other_grid != grid).sum() > 10
+    padding = batch.sees.sum(-1) == 1                  # it sees itself alone, as does ...
+    padding &= batch.tokens == 0                       # ... the first token of a prompt
+    assert padding.sum() > 1
+    other = batch._replace(tokens=batch.tokens.masked_fill(padding, 7),
+                           positions=batch.positions.masked_fill(padding, 3))
     logps = dpo.packed_logps(model, batch)
-    found = dpo.packed_logps(model, batch._replace(to_rows=(other_grid,)))
+    found = dpo.packed_logps(model, other)
     assert torch.equal(found, logps)
     assert close(gradients(model, found.sum()), gradients(model, logps.sum()), 1e-12)
 
@@ -764,10 +766,7 @@ def test_a_step_leaves_mode_frozen_weights_and_arguments_as_they_were(model, tra
     assert [module.training for module in model.modules()] == modes
     assert len(micro_batches) == 1 and micro_batches[0] is batch
     for name, value in batch._asdict().items():
-        if name == "to_rows":
-            assert torch.equal(value[0], before.to_rows[0])
-        else:
-            assert torch.equal(value, getattr(before, name)), name
+        assert torch.equal(value, getattr(before, name)), name
 
 
 def test_a_graph_is_built_for_training_alone():

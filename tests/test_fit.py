@@ -22,7 +22,7 @@ import train
 from model import GPT2, GPT2Config, add_adapters
 
 TINY = GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=40, n_inner=16)
-MACHINE = train.Machine(torch.device("cpu"), torch.float32, grid_count=2, piece=8)
+MACHINE = train.Machine(torch.device("cpu"), torch.float32, piece=8)
 UPDATES = 12
 LR = 0.01
 TOKENS_PER_PAIR = 6            # that the model reads: a prompt of 3, then 1 of 2, then 2 of 3
@@ -476,7 +476,7 @@ def test_all_micro_batches_of_an_update_are_on_the_device_before_it_begins(tmp_p
 
 def test_a_batch_is_moved_by_plain_to_tensor_by_tensor(monkeypatch):
     """No pinned memory, no other stream: each tensor's .to has the device and nothing else."""
-    batch = data.pack(SPLITS["val"], range(5), grid_count=2)
+    batch = data.pack(SPLITS["val"], range(5))
     real = Tensor.to
     moved = []
 
@@ -485,8 +485,7 @@ def test_a_batch_is_moved_by_plain_to_tensor_by_tensor(monkeypatch):
         return real(tensor, *arguments, **options)
     monkeypatch.setattr(Tensor, "to", to)
     batch.to("meta")
-    tensors = len(batch.to_rows) + len(batch) - 1        # the field to_rows holds two
-    assert moved == [(("meta",), {})] * tensors
+    assert moved == [(("meta",), {})] * len(batch)
 
 
 def test_python_waits_for_the_device_once_in_an_update(tmp_path, monkeypatch):

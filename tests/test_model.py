@@ -265,25 +265,19 @@ def test_rows_beyond_the_context_are_an_error_with_both_numbers(ours):
 
 # A packed batch.
 
-@pytest.mark.parametrize("grids, cells", [
-    # Two grids of one row: cells 0 1 2, then 3 to 7. The prompt's results are from either.
-    ([[[0, 1, 5]], [[0, 1, 2, 3, 4]]], [0, 4, 5, 6, 7, 2]),
-    # One grid of two rows: cells 0 to 4 and 5 to 9. The pads of the second are tokens 3 and 2.
-    ([[[0, 1, 2, 3, 4], [0, 1, 5, 3, 2]]], [5, 1, 2, 3, 4, 7])])
-def test_a_packed_batch_computes_what_padded_rows_do(grids, cells, ours):
-    """One prompt (5, 6) with the responses (7, 8, 9) and (10,), each token once: the last one
-    stands in another row, at position 2. Logits and gradients are those of two rows."""
-    padded = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 10, 0, 0]])
-    expected = ours(padded)[[0, 0, 0, 0, 0, 1], [0, 1, 2, 3, 4, 2]]
+def test_a_packed_row_computes_what_padded_rows_do(ours):
+    """One prompt (5, 6) with the responses (7, 8, 9) and (10,), each token once, in a row with
+    another text (11, 12). Logits and gradients are those of three rows."""
+    padded = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 10, 0, 0], [11, 12, 0, 0, 0]])
+    expected = ours(padded)[[0, 0, 0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 2, 0, 1]]
 
-    tokens = torch.tensor([5, 6, 7, 8, 9, 10])
-    positions = torch.tensor([0, 1, 2, 3, 4, 2])
-    grids = tuple(torch.tensor(grid) for grid in grids)
-    hidden = ours.packed_hidden(tokens, positions, grids, torch.tensor(cells))
-    logits = ours.logits(hidden)
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 2, 0, 1]])
+    sees = torch.ones(1, 8, 8, dtype=torch.bool).tril()
+    sees[0, 5, 2:5] = False                            # 10 does not see 7, 8, 9
+    sees[0, 6:, :6] = False                            # 11 and 12 see nothing before them
+    logits = ours.logits(ours.hidden(tokens, positions, sees))[0]
     assert far(logits, expected) < 1e-5
-    chosen = torch.tensor([1, 4])
-    assert far(ours.logits(hidden[chosen]), expected[chosen]) < 1e-5
 
     gradient = gradient_of(ours, logits)
     expected_gradient = gradient_of(ours, expected)

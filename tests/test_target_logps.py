@@ -48,17 +48,16 @@ class Given(nn.Module):
 
     def __init__(self, hidden: Tensor, head: Tensor):
         super().__init__()
-        self.hidden = nn.Parameter(hidden)
+        self.states = nn.Parameter(hidden)
         self.wte = nn.Embedding.from_pretrained(head, freeze=False)
 
-    def packed_hidden(self, tokens: Tensor, positions: Tensor, to_rows: object,
-                      to_line: object) -> Tensor:
-        return self.hidden
+    def hidden(self, tokens: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
+        return self.states[None]                       # one row
 
 
 def given_batch(targets: Tensor, owner: Tensor) -> SimpleNamespace:
     """A batch whose predictions are all the hidden states of Given, in order."""
-    return SimpleNamespace(tokens=None, positions=None, to_rows=None, to_line=None,
+    return SimpleNamespace(tokens=None, positions=None, sees=None,
                            predicts=torch.arange(len(targets)), targets=targets, owner=owner,
                            response_lengths=owner.bincount())
 
@@ -74,13 +73,13 @@ def test_bfloat16_gradients_are_float32_and_near_those_of_float64(hidden_trains,
     (plain_target_logps(exact_hidden, exact_head, TARGETS) * weights).sum().backward()
 
     model = Given(hidden, head)
-    model.hidden.requires_grad_(hidden_trains)
+    model.states.requires_grad_(hidden_trains)
     model.wte.weight.requires_grad_(head_trains)
     batch = given_batch(TARGETS, torch.tensor([0, 0, 0, 1, 1, 1, 1]))
     with torch.autocast("cpu", torch.bfloat16):
         logps = dpo.packed_logps(model, batch, piece=3)
     (logps * torch.tensor([3.0, -1.0])).sum().backward()
-    for leaf, exact, trains in ((model.hidden, exact_hidden, hidden_trains),
+    for leaf, exact, trains in ((model.states, exact_hidden, hidden_trains),
                                 (model.wte.weight, exact_head, head_trains)):
         assert (leaf.grad is not None) == trains
         if trains:
