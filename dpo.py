@@ -515,14 +515,14 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
     hidden = hidden.flatten(0, 1)                      # (R * T, C): one for each place
     hidden = hidden.index_select(0, batch.predicts)    # (M, C): those that predict a response
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
-    head = minus_mean_row(head)                        # the same log p, with finer rounding
 
     # Cast here: TargetLogps has a backward pass of its own, in which autocast would cast nothing.
     # Its products would be in float32, and slow.
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
-        hidden = hidden.to(torch.get_autocast_dtype(device_type))
-        head = head.to(hidden.dtype)
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden = hidden.to(dtype)
+        head = minus_mean_row(head).to(dtype)          # the same log p, with finer rounding
 
     # The log p of each target, (M,). TargetLogps is these three lines, with less memory:
     #

@@ -51,27 +51,21 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, sees: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Rows of tokens: (R, T, C) -> (R, T, C).
 
-        sees (R, T, T) bool: at [r, t, s] whether, in row r, token t sees token s. If it is left
-        out, a token sees itself and all tokens before it.
+        mask (R, 1, T, T): added to the scores of all heads. At [r, 0, t, s] it is 0 if token t of
+        row r sees token s, else -inf. Without a mask a token sees itself and all before it.
 
         scaled_dot_product_attention is a faster form of these lines:
 
-            if sees is None:
-                sees = torch.ones(T, T, dtype=torch.bool).tril()       # [t, s] is s <= t
-            else:
-                sees = sees[:, None]                                   # (R, 1, T, T): for all heads
-            scores = q @ k.transpose(-2, -1) / math.sqrt(D)            # (R, H, T, T)
-            scores = scores.masked_fill(~sees, -math.inf)
+            if mask is None:
+                mask = torch.full((T, T), -math.inf).triu(1)           # -inf where s > t, else 0
+            scores = q @ k.transpose(-2, -1) / math.sqrt(D) + mask     # (R, H, T, T)
             y = scores.softmax(-1) @ v                                 # (R, H, T, D)
         """
         q, k, v = self.heads(self.c_attn(x))                           # (R, H, T, D) each
-        if sees is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None])
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         y = y.transpose(1, 2).flatten(2)                               # (R, T, C)
         return self.c_proj(y)
 
@@ -108,8 +102,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config.n_embd, config.n_inner)
 
-    def forward(self, x: Tensor, sees: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), sees)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -172,9 +166,12 @@ class GPT2(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)   # (T,)
+        mask = None
+        if sees is not None:
+            mask = torch.where(sees[:, None], 0.0, -math.inf)         # (R, 1, T, T)
         x = self.wte(tokens) + self.wpe(positions)                    # (R, T, C)
         for block in self.h:
-            x = block(x, sees)
+            x = block(x, mask)
         return self.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -451,7 +451,7 @@ def choose_machine(config: Config) -> Machine:
     # large ones: 8,192 predictions, whose logits fill 1.6 GB, are most batches in one piece. A CPU
     # gets many small ones, with less memory.
     if device.type == "cpu":
-        return Machine(device, dtype, piece=128)
+        return Machine(device, dtype, piece=512)
     return Machine(device, dtype, piece=8192)
 
 
