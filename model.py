@@ -166,10 +166,10 @@ class GPT2(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)   # (T,)
+        x = self.wte(tokens) + self.wpe(positions)                    # (R, T, C)
         mask = None
         if sees is not None:
-            mask = torch.where(sees[:, None], 0.0, -math.inf)         # (R, 1, T, T)
-        x = self.wte(tokens) + self.wpe(positions)                    # (R, T, C)
+            mask = torch.where(sees[:, None], 0.0, -math.inf).to(x.dtype)     # (R, 1, T, T)
         for block in self.h:
             x = block(x, mask)
         return self.ln_f(x)
