@@ -442,7 +442,7 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 # Further letters: M predictions, C width of the model.
 
 
-def packed_logps(model: nn.Module, batch: object, piece: int = 128) -> Tensor:
+def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     """The logps (2B,) of a packed batch, in nats, chosen first: those of sequence_logps, rounded
     in another way. (B,) for the batches of SFT, which hold chosen responses alone.
 

@@ -308,7 +308,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     stage: "sft" or "dpo". The best weights go to the folder sft or best. Training ends after
     `epochs` epochs, or when config.patience validations in a row have brought no lower loss.
     If run.saved is of this stage, the loop goes on from there, as if it had not been stopped: on a
-    CPU bit for bit.
+    CPU bit for bit. Section 5 tells how.
 
     reference_tables: of each split, what dpo.reference_logps returned. Raises FloatingPointError
     when MAX_SKIPPED updates in a row had no finite loss and gradient.
@@ -554,6 +554,18 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 # 5. The run's folder ----------------------------------------------------------------------------
+#
+# How a run that was killed goes on, with --resume:
+#
+# - After each validation, and every config.save_every updates, save_last has written last.pt: the
+#   weights that train, the optimizer, the State, and what the reference said.
+# - open_run reads it, and cuts off what the log says of later updates.
+# - train goes straight to DPO, with the weights in sft/, if the last save was made in DPO.
+# - fit puts all of it back. data.batches goes on with update number state.step, as the pairs of an
+#   update follow from the seed and its number alone.
+#
+# So the updates after the last save are made once more, with the same numbers. Without a last.pt
+# the run begins anew.
 
 RUN_FORMAT = 5                     # of a run's folder, in case a later edition changes it
 
@@ -577,9 +589,8 @@ def open_run(config: Config, machine: Machine, audit: dict) -> Run:
     saved = {}
     if begun and (folder / "last.pt").exists():
         saved = read_last(folder / "last.pt")
-    # Lines that came after the last save are cut off: the resumed run makes these updates once
-    # more, and writes the lines again. save_last noted how long the file was. Where nothing was
-    # saved, the file is emptied.
+    # The log's lines from after the last save will be written again. save_last noted how long the
+    # file was. Where nothing was saved, it is emptied.
     metrics.truncate(saved.get("metrics_bytes", 0))
     metrics.seek(0, os.SEEK_END)
 
@@ -640,12 +651,10 @@ def read_run(folder: str | Path) -> dict:
 def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimizer,
               scaler: torch.amp.GradScaler, reference_tables: dict[str, Tensor],
               state: State) -> None:
-    """Write last.pt: what --resume needs, beside config.json, the log, and the weights in sft/ and
-    best/. It gets its name only when it is whole.
+    """Write last.pt, which gets its name only when it is whole.
 
-    No state of a random generator is among it: the order of the pairs follows from seed and step,
-    and nothing else in fit depends on random numbers. (A resumed run draws its adapters anew, and
-    fit then loads the saved ones over them.)
+    No state of a random generator is among it, as nothing in fit depends on random numbers. (A
+    resumed run draws its adapters anew, and fit then loads the saved ones over them.)
     """
     trained = {}
     for name, parameter in model.named_parameters():
