@@ -11,7 +11,8 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 6. variants            other losses that have been proposed since
 7. less memory         the last step of section 5, with its derivatives by hand
 
-The letters in the shapes: B pairs, R rows, T tokens of a row, V tokens of the vocabulary.
+The letters in the shapes: B pairs, R rows (2B where each response has one), T tokens of a row,
+V tokens of the vocabulary.
 
 This file needs torch alone, so it can be copied. A batch may be any object that has `indices` (B,):
 the numbers of its pairs in the data set. (train_dpo also reads `tokens` and `mask`.) Only
@@ -333,8 +334,8 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
 
     "Equal" allows for rounding: the mean of |policy - reference| may be 4 * eps * the mean of
     |reference|, with float32's eps, 1.2e-7. For logps near -150 that is 0.00007 nats. It leaves
-    room for sums in float32, which a GPU may make in a changing order. (packed_logps has no such
-    sum.) Faults make far larger differences. (4 is our choice; 2 or 10 would do as well.)
+    room for sums in float32, which a GPU may make in a changing order. Faults make far larger
+    differences. (4 is our choice; 2 or 10 would do as well.)
     """
     difference = (policy_logps - reference_logps).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference_logps.abs().mean().item()
@@ -363,9 +364,9 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 
         train_dpo(Logits(model), batches)
 
-    batches: as data.pad makes them, on the model's device. Each has tokens and mask (2B, T), first
-    the B rows of the chosen responses, then those of the rejected ones; and indices (B,), which
-    number the pairs of all batches from 0.
+    batches: as data.pad makes them, moved to the model's device. Each has tokens and mask (2B, T),
+    first the B rows of the chosen responses, then those of the rejected ones; and indices (B,),
+    which number the pairs of all batches from 0.
     peak: the highest learning rate. The first tenth of the updates warms up to it.
 
     The reference is the model as it comes. So a second call would have another reference.
@@ -429,8 +430,8 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 # A mask tells attention which tokens each token sees: those before it of its own pair, but r does
 # not see c. Each token also has the position that it has in its own text: r follows the prompt, as
 # c does. Attention is the only place where tokens meet, so every token gets the same result as in
-# its padded row. At the end, logits are computed only where a token of a response is predicted.
-# train.py trains with packed batches.
+# its padded row, but for rounding. At the end, logits are computed only where a token of a response
+# is predicted. train.py trains with packed batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
 # two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit e764479):
@@ -459,9 +460,10 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
 
     >>> import data
     >>> from model import GPT2, GPT2Config
-    >>> batch = data.pack([data.TokenPair([10, 11], [20, 21, 99], [30, 99]),
-    ...                    data.TokenPair([12], [40], [41, 42]),
-    ...                    data.TokenPair([13], [50, 99], [51])], indices=[0, 1, 2])
+    >>> pairs = [data.TokenPair([10, 11], [20, 21, 99], [30, 99]),
+    ...          data.TokenPair([12], [40], [41, 42]),
+    ...          data.TokenPair([13], [50, 99], [51])]
+    >>> batch = data.pack(pairs, indices=[0, 1, 2])
 
     Row 0 holds pair 0. Row 1 holds pairs 1 and 2, and a 0 of padding. Positions begin anew with
     each pair, and those of the rejected response go on from the prompt's: 30 is at position 2, as
@@ -492,23 +494,22 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
 
     Each token of a response is predicted at one place: its first token at the prompt's last token,
     and each other one at the token before it. Places are numbered row by row: 0 to 4 are row 0, 5
-    to 9 are row 1. So place 1, with token 11, predicts both 20 and 30. For each prediction,
-    predicts is the place, targets the token that came, owner the response (0 to 5) to which it
-    belongs, chosen first: 0 is the chosen response of pair 0, 3 its rejected response.
+    to 9 are row 1. The responses are numbered chosen first: 0 to 2 are the chosen ones of the three
+    pairs, 3 to 5 the rejected ones. Here are the predictions of the responses 0 and 1:
 
-    >>> torch.stack([batch.predicts, batch.targets, batch.owner])
-    tensor([[ 1,  2,  3,  5,  7,  8,  1,  4,  5,  6,  7],
-            [20, 21, 99, 40, 50, 99, 30, 99, 41, 42, 51],
-            [ 0,  0,  0,  1,  2,  2,  3,  3,  4,  4,  5]])
+    >>> batch.predicts[:4]             # the places of the tokens 11, 20 and 21; and of 12
+    tensor([1, 2, 3, 5])
+    >>> batch.targets[:4]              # the tokens that come next
+    tensor([20, 21, 99, 40])
+    >>> batch.owner[:4]                # the responses to which these belong
+    tensor([0, 0, 0, 1])
 
     The same six numbers as from padded rows:
 
     >>> model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=100))
-    >>> rows = torch.tensor([[10, 11, 20, 21, 99], [12, 40, 0, 0, 0], [13, 50, 99, 0, 0],
-    ...                      [10, 11, 30, 99, 0], [12, 41, 42, 0, 0], [13, 51, 0, 0, 0]])
-    >>> mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0],
-    ...                      [0, 0, 1, 1, 0], [0, 1, 1, 0, 0], [0, 1, 0, 0, 0]])
-    >>> torch.allclose(packed_logps(model, batch), sequence_logps(model, rows, mask.bool()))
+    >>> padded = data.pad(pairs, indices=[0, 1, 2])
+    >>> plain = sequence_logps(model, padded.tokens, padded.mask)
+    >>> torch.allclose(packed_logps(model, batch), plain)
     True
     """
     hidden = model.hidden(batch.tokens, batch.positions, batch.sees)   # (R, T, C)

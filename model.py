@@ -51,21 +51,25 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sees: Tensor | None = None) -> Tensor:
         """Rows of tokens: (R, T, C) -> (R, T, C).
 
-        mask (R, 1, T, T): added to the scores of all heads. At [r, 0, t, s] it is 0 if token t of
-        row r sees token s, else -inf. Without a mask a token sees itself and all before it.
+        sees (R, T, T) bool: whether token t of row r sees its token s, at [r, t, s]. If it is left
+        out, a token sees itself and those before it.
 
         scaled_dot_product_attention is a faster form of these lines:
 
-            if mask is None:
-                mask = torch.full((T, T), -math.inf).triu(1)           # -inf where s > t, else 0
-            scores = q @ k.transpose(-2, -1) / math.sqrt(D) + mask     # (R, H, T, T)
+            if sees is None:
+                sees = torch.ones(R, T, T, dtype=torch.bool).tril()    # where s <= t
+            scores = q @ k.transpose(-2, -1) / math.sqrt(D)            # (R, H, T, T)
+            scores = scores.masked_fill(~sees[:, None], -math.inf)     # the same for all heads
             y = scores.softmax(-1) @ v                                 # (R, H, T, D)
         """
         q, k, v = self.heads(self.c_attn(x))                           # (R, H, T, D) each
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if sees is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None])
         y = y.transpose(1, 2).flatten(2)                               # (R, T, C)
         return self.c_proj(y)
 
@@ -102,8 +106,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config.n_embd, config.n_inner)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x: Tensor, sees: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), sees)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -145,33 +149,29 @@ class GPT2(nn.Module):
         initialize(self, config.n_layer)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (R, T) int64 -> logits (R, T, V): position t predicts token t + 1.
-
-        Raises ValueError for rows that are longer than the context.
-        """
-        length = tokens.shape[1]
-        context = self.config.n_positions
-        if length > context:
-            raise ValueError(f"rows of {length} tokens, expected at most {context}, the context of "
-                             f"this model: cut the rows")
-        return self.logits(self.hidden(tokens))
+        """tokens (R, T) int64 -> logits (R, T, V): position t predicts token t + 1."""
+        x = self.hidden(tokens)                                       # (R, T, C)
+        return self.logits(x)
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None,
                sees: Tensor | None = None) -> Tensor:
-        """The last hidden states, which the head reads: tokens (R, T) int64 -> (R, T, C).
+        """What the head reads: tokens (R, T) int64 -> (R, T, C).
 
         positions (R, T) int64: of each token in its text. If left out: 0, 1, 2, ... in each row.
         sees (R, T, T) bool: which tokens each token sees. If left out: itself and those before it.
-        dpo.packed_logps gives both, as its rows hold several texts each.
+        dpo.packed_logps gives both, as its rows hold several texts each. Other rows that are longer
+        than the context raise ValueError.
         """
         if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)   # (T,)
+            length = tokens.shape[1]
+            context = self.config.n_positions
+            if length > context:
+                raise ValueError(f"rows of {length} tokens, expected at most {context}, the "
+                                 f"context of this model: cut the rows")
+            positions = torch.arange(length, device=tokens.device)    # (T,)
         x = self.wte(tokens) + self.wpe(positions)                    # (R, T, C)
-        mask = None
-        if sees is not None:
-            mask = torch.where(sees[:, None], 0.0, -math.inf).to(x.dtype)     # (R, 1, T, T)
         for block in self.h:
-            x = block(x, mask)
+            x = block(x, sees)
         return self.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:

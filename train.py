@@ -283,6 +283,7 @@ def epochs_for(pairs: int, batch_pairs: int) -> int:
 # 3. The loop ------------------------------------------------------------------------------------
 
 MAX_SKIPPED = 20               # so many skipped updates in a row end a run
+NOTHING_KEPT = "no validation had a finite loss, so no weights were kept"
 
 
 @dataclass
@@ -311,7 +312,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     CPU bit for bit. Section 5 tells how.
 
     reference_tables: of each split, what dpo.reference_logps returned. Raises FloatingPointError
-    when MAX_SKIPPED updates in a row had no finite loss and gradient.
+    when MAX_SKIPPED updates in a row had no finite loss and gradient, and at the end if no
+    validation had a finite loss.
     """
     reference_tables = reference_tables or {}          # SFT has none
     best_folder = run.folder / ("sft" if stage == "sft" else "best")
@@ -386,8 +388,8 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
             state.window.append(metrics)
         if state.skipped_in_a_row == MAX_SKIPPED:
             kept = f"the best weights so far are in {best_folder}"
-            if not math.isfinite(state.best_loss):
-                kept = "no validation had a finite loss, so no weights were kept"
+            if math.isinf(state.best_loss):
+                kept = NOTHING_KEPT
             raise FloatingPointError(
                 f"{MAX_SKIPPED} updates in a row, up to number {state.step}, had no finite loss "
                 f"and gradient; {kept}; try a lower rate")
@@ -411,6 +413,9 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
         elif state.step % config.save_every == 0:
             save_last(run, stage, model, optimizer, scaler, reference_tables, state)
 
+    if math.isinf(state.best_loss):
+        raise FloatingPointError(f"{stage} ended after update {state.step}, but {NOTHING_KEPT}; "
+                                 f"try a lower rate")
     why = "all updates were made"
     if state.step < total_steps:
         why = f"{config.patience} validations in a row brought no lower loss"
@@ -564,8 +569,8 @@ def name_of(dtype: torch.dtype) -> str:
 # - fit puts all of it back. data.batches goes on with update number state.step, as the pairs of an
 #   update follow from the seed and its number alone.
 #
-# So the updates after the last save are made once more, with the same numbers. Without a last.pt
-# the run begins anew.
+# So the updates after the last save are made once more; on a CPU with the same numbers, to the bit.
+# Without a last.pt the run begins anew.
 
 RUN_FORMAT = 5                     # of a run's folder, in case a later edition changes it
 

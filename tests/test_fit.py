@@ -346,6 +346,15 @@ def test_too_many_skips_in_a_row_end_the_run_and_name_the_checkpoint(tmp_path, m
     assert found.state.skipped == 4
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_stage_that_ends_without_a_finite_validation_is_an_error(tmp_path, given, loss):
+    """Not a line that calls the weights best which nobody has kept."""
+    given([loss] * 9)
+    with pytest.raises(FloatingPointError, match="after update 8, but no validation had a finite"):
+        fit(tmp_path, patience=3)
+    assert not (tmp_path / "best").exists()
+
+
 def test_without_a_finite_validation_the_error_names_no_weights(tmp_path, monkeypatch, given):
     monkeypatch.setattr(train, "MAX_SKIPPED", 3)
     given([math.nan] * 9)
