@@ -341,6 +341,8 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
         lengths.append(length)
     row_count, width, starts = arrange(lengths)
 
+    # In the loop sees gets blocks: a prompt sees itself, and a response sees its prompt and itself,
+    # but not the other response. After the loop, what comes later is taken away.
     tokens = np.zeros((row_count, width), np.int64)
     positions = np.zeros((row_count, width), np.int64)
     sees = np.zeros((row_count, width, width), bool)
@@ -358,14 +360,14 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
             tokens[row, read] = response[:-1]
             positions[row, read] = len(pair.prompt) + np.arange(len(response) - 1)
             sees[row, read, prompt] = True
-            sees[row, read, read] = True               # but not the other response
+            sees[row, read, read] = True
             # The prompt's last token predicts the response's first one. Each token of the response
             # predicts the next.
             columns = np.array([prompt.stop - 1, *range(read.start, read.stop)])
             responses[side].append(response)
             predicts[side].append(row * width + columns)
             end = read.stop
-    sees &= np.tri(width, dtype=bool)                  # and nothing that comes later
+    sees &= np.tri(width, dtype=bool)                  # True where s <= t
     # Padding sees itself: a softmax over nothing would be nan.
     sees |= np.eye(width, dtype=bool)
 
@@ -402,8 +404,9 @@ def arrange(lengths: list[int]) -> tuple[int, int, list[tuple[int, int]]]:
     """How to lay pieces of these lengths in rows with little padding: how many rows, how long they
     are, and for each piece its row and first column.
 
-    Rows that are a little longer than the longest piece may leave less padding, so some lengths are
-    tried. Much longer rows would cost time in attention, whose work grows with their square.
+    Rows that are a little longer than the longest piece may leave less padding, so about eight
+    lengths are tried, up to a quarter above it. Much longer rows would cost time in attention,
+    whose work grows with the square of their length.
     """
     longest = max(lengths)
     best = None
@@ -424,14 +427,15 @@ def first_fit(lengths: list[int], width: int) -> tuple[int, list[tuple[int, int]
     """
     used = []                                          # how many columns of each row are taken
     starts = [(0, 0)] * len(lengths)
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+    by_length = sorted(range(len(lengths)), key=lambda piece: -lengths[piece])
+    for piece in by_length:
         row = 0
-        while row < len(used) and used[row] + lengths[number] > width:
+        while row < len(used) and used[row] + lengths[piece] > width:
             row += 1
         if row == len(used):
             used.append(0)                             # a new row
-        starts[number] = (row, used[row])
-        used[row] += lengths[number]
+        starts[piece] = (row, used[row])
+        used[row] += lengths[piece]
     return len(used), starts
 
 
@@ -443,7 +447,7 @@ def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: in
     An epoch holds each pair once; its last update may have fewer pairs. The order is shuffled anew
     for each epoch, and follows from (seed, epoch) alone: so a resumed run sees the same batches.
     An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs.
-    So the short pairs stand in short rows, where attention has less work.
+    So the micro-batches of short pairs have short rows, in which attention has less work.
     reference_table, sides: see pack.
     """
     updates_per_epoch = math.ceil(len(pairs) / batch_pairs)

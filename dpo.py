@@ -126,7 +126,7 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
             return sequence_logps(model, batch.tokens, batch.mask)
 
     batches: of the pairs of the data set; batch.indices (B,) int64 are the pairs' numbers in it, 0
-    to pair_count - 1. A pair that is in no batch gets nan, and train_step skips an update with it.
+    to pair_count - 1. A pair that is in no batch gets nan, and so does a loss with it.
     """
     table = torch.full((2, pair_count), math.nan)
     for batch in batches:
@@ -152,14 +152,15 @@ def sft_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
 # 3. What one watches ----------------------------------------------------------------------------
 
 
-def dpo_metrics(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> dict[str, Tensor]:
+def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Tensor]:
     """The DPO loss, and what tells whether training goes well: a dict of (B,) tensors.
 
-    policy_logps, reference_logps (2B,): in nats, chosen first. The names of the metrics, but for
-    the last, are trl's, so that runs can be compared. Only "loss" carries a gradient.
+    policy, reference (2B,): log-probabilities of the responses in nats, chosen first. The names of
+    the metrics, but for the last, are trl's, so that runs can be compared. Only "loss" carries a
+    gradient.
     """
-    policy_chosen, policy_rejected = policy_logps.chunk(2)           # (B,) each
-    reference_chosen, reference_rejected = reference_logps.chunk(2)  # (B,) each
+    policy_chosen, policy_rejected = policy.chunk(2)                 # (B,) each
+    reference_chosen, reference_rejected = reference.chunk(2)        # (B,) each
     loss, chosen_reward, rejected_reward = dpo_loss(
         policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta)
 
@@ -171,7 +172,7 @@ def dpo_metrics(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> d
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,
         "rewards/margins": margin,
-        "rewards/accuracies": wins + ties / 2,         # a tie counts 1/2 (in trl: 0)
+        "rewards/accuracies": wins + ties / 2,         # ties, as all are at first, count 1/2
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
         # The loss sees only the margin, so it can fall although both rewards fall. So count the
@@ -311,7 +312,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
 
 @torch.no_grad()
 def val_step(model: nn.Module, batches: Iterable, loss_function: LossFunction) -> dict[str, float]:
-    """One iteration of validation: the mean of every metric over all pairs of the batches.
+    """One validation: the mean of every metric over all pairs of the batches.
 
     A model with dropout must be in eval mode.
     """
@@ -319,12 +320,12 @@ def val_step(model: nn.Module, batches: Iterable, loss_function: LossFunction) -
     return as_floats(mean_over_pairs(parts))
 
 
-def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
+def check_start(policy: Tensor, reference: Tensor) -> None:
     """Before the first update the policy must equal its reference. Raises ValueError if it doesn't.
 
-    policy_logps, reference_logps (2B,): in nats, of one batch. The policy must be asked with the
-    very batch that the reference was asked with, on the same kind of machine. Otherwise sums are
-    rounded in another way, above all in bfloat16.
+    policy, reference (2B,): log-probabilities in nats, of one batch. The policy must be asked with
+    the very batch that the reference was asked with, on the same kind of machine. Otherwise sums
+    are rounded in another way, above all in bfloat16.
 
     At this moment all rewards are 0 and the loss of equation 7 is log 2. If they are not, training
     would still run, towards a wrong goal. This check catches dropout that was left on, a reference
@@ -337,8 +338,8 @@ def check_start(policy_logps: Tensor, reference_logps: Tensor) -> None:
     room for sums in float32, which a GPU may make in a changing order. Faults make far larger
     differences. (4 is our choice; 2 or 10 would do as well.)
     """
-    difference = (policy_logps - reference_logps).abs().mean().item()
-    rounding = torch.finfo(torch.float32).eps * reference_logps.abs().mean().item()
+    difference = (policy - reference).abs().mean().item()
+    rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
     if not difference <= 4 * rounding:                 # written so that nan is refused, too
         raise ValueError(
             f"before the first update the policy's log-probabilities differ from the reference's "
@@ -465,19 +466,40 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     ...          data.TokenPair([13], [50, 99], [51])]
     >>> batch = data.pack(pairs, indices=[0, 1, 2])
 
-    Row 0 holds pair 0. Row 1 holds pairs 1 and 2, and a 0 of padding. Positions begin anew with
-    each pair, and those of the rejected response go on from the prompt's: 30 is at position 2, as
-    20 is.
+    Row 0 holds pair 0. Row 1 holds pairs 1 and 2, and a 0 of padding. The last token of a response
+    is left out: nothing is predicted from it.
 
     >>> batch.tokens
     tensor([[10, 11, 20, 21, 30],
             [12, 41, 13, 50,  0]])
-    >>> batch.positions
-    tensor([[0, 1, 2, 3, 2],
-            [0, 1, 0, 1, 0]])
 
-    sees says which tokens (across) each token (down) sees. 30, the last one of row 0, sees the
-    prompt and itself, but not 20 and 21, of the chosen response. In row 1 no pair sees the other.
+    A place is a token's number, row by row. A position counts from the start of the token's own
+    text, and the rejected response follows the prompt as the chosen one does: 30 is at position 2,
+    as 20 is. The first token of a response is predicted at the prompt's last token, each other one
+    at the token before it. The responses are numbered chosen first: 0 to 2 are the chosen ones of
+    the three pairs, 3 to 5 the rejected ones.
+
+        place    token    position    what is predicted there
+          0       10         0
+          1       11         1        20 of response 0, and 30 of response 3
+          2       20         2        21 of response 0
+          3       21         3        99 of response 0
+          4       30         2        99 of response 3
+          5       12         0        40 of response 1, and 41 of response 4
+          6       41         1        42 of response 4
+          7       13         0        50 of response 2, and 51 of response 5
+          8       50         1        99 of response 2
+          9        0         0        (padding)
+
+    The last column stands in predicts (the places), targets (the tokens) and owner (the responses),
+    response by response. Of the responses 0 and 1:
+
+    >>> batch.predicts[:4], batch.targets[:4], batch.owner[:4]
+    (tensor([1, 2, 3, 5]), tensor([20, 21, 99, 40]), tensor([0, 0, 0, 1]))
+
+    sees says which tokens (across) each token (down) of a row sees. In row 0 the last token, 30,
+    sees the prompt and itself, but not 20 and 21, which are of the chosen response. In row 1 no
+    pair sees the other.
 
     >>> batch.sees.int()
     tensor([[[1, 0, 0, 0, 0],
@@ -491,18 +513,6 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
              [0, 0, 1, 0, 0],
              [0, 0, 1, 1, 0],
              [0, 0, 0, 0, 1]]], dtype=torch.int32)
-
-    Each token of a response is predicted at one place: its first token at the prompt's last token,
-    and each other one at the token before it. Places are numbered row by row: 0 to 4 are row 0, 5
-    to 9 are row 1. The responses are numbered chosen first: 0 to 2 are the chosen ones of the three
-    pairs, 3 to 5 the rejected ones. Here are the predictions of the responses 0 and 1:
-
-    >>> batch.predicts[:4]             # the places of the tokens 11, 20 and 21; and of 12
-    tensor([1, 2, 3, 5])
-    >>> batch.targets[:4]              # the tokens that come next
-    tensor([20, 21, 99, 40])
-    >>> batch.owner[:4]                # the responses to which these belong
-    tensor([0, 0, 0, 1])
 
     The same six numbers as from padded rows:
 
@@ -523,7 +533,10 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden = hidden.to(dtype)
-        head = minus_mean_row(head).to(dtype)          # the same log p, with finer rounding
+        # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. So its head's rows are taken
+        # about their mean: then the logits lie near 0, where the steps are fine. All logits of a
+        # prediction move by the same number, which changes no softmax.
+        head = (head - head.mean(0)).to(dtype)
 
     # The log p of each target, (M,). TargetLogps is these three lines, with less memory:
     #
@@ -534,30 +547,12 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     # (A column for each prediction, not a row: this product is faster on CPUs.)
     logps = TargetLogps.apply(hidden, head, batch.targets, piece)
 
-    # Each response's sum over its own tokens. (index_add would do the same. But a GPU adds there in
-    # any order, and a model asked twice would give two results: at the start the rewards would not
-    # be 0, and half of them above 0.)
+    # Each response's sum over its own tokens. (Not by index_add: a GPU adds there in any order. A
+    # model asked twice would give two results, and at the start the rewards would not be 0.)
     response_count = len(batch.response_lengths)       # 2B
     responses = torch.arange(response_count, device=logps.device)
     is_own = responses[:, None] == batch.owner         # (2B, M)
     return torch.where(is_own, logps, 0.0).sum(1)      # (2B,)
-
-
-def minus_mean_row(head: Tensor) -> Tensor:
-    """The head (V, C) with its mean row taken from each row: it gives the same log p.
-
-    It is for bfloat16. GPT-2's logits lie near -100, where bfloat16's steps are 0.5; near 0 the
-    steps are fine. A softmax stays the same if all its logits are moved by the same number. So here
-    the logits of each prediction h, which are h . head[token], are moved by their mean:
-
-        h . head[token] - h . mean_row  =  h . (head[token] - mean_row)
-
-    Any other row in the place of mean_row would give the same log p. So the derivative by mean_row
-    is 0 (that of log p by the logits, one_hot - softmax, has the sum 0), and autograd need not
-    compute it: detach.
-    """
-    mean_row = head.detach().mean(0)                   # (C,)
-    return head - mean_row
 
 
 # 6. Variants of the loss ------------------------------------------------------------------------
@@ -566,18 +561,20 @@ VARIANTS = ("sigmoid", "robust", "ipo", "hinge", "sigmoid_norm")
 USES_SMOOTHING = ("sigmoid", "robust")                 # those that have a use for label_smoothing
 
 
-def variant_loss(policy_logps: Tensor, reference_logps: Tensor, response_lengths: Tensor,
-                 beta: float, variant: str, label_smoothing: float = 0.0) -> Tensor:
+def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, beta: float,
+                 variant: str, label_smoothing: float = 0.0) -> Tensor:
     """The loss of each pair, (B,), in the form that others have proposed, under trl's names.
 
-    policy_logps, reference_logps (2B,): in nats, chosen first. response_lengths (2B,) int64: of
-    each response in tokens, for the variants that take means over tokens. label_smoothing: the
+    policy, reference (2B,): log-probabilities in nats, chosen first. response_lengths (2B,) int64:
+    of each response in tokens, for the variants that take means over tokens. label_smoothing: the
     share of labels that are believed to be wrong. Raises ValueError for options that check_variant
     refuses.
     """
     check_variant(variant, label_smoothing)
-    chosen_logratio, rejected_logratio = (policy_logps - reference_logps).chunk(2)     # (B,) each
+    chosen_logratio, rejected_logratio = (policy - reference).chunk(2)                 # (B,) each
     margin = beta * (chosen_logratio - rejected_logratio)         # the difference of the rewards
+    right = -F.logsigmoid(margin)                                 # the loss if the label is right
+    wrong = -F.logsigmoid(-margin)                                # and if it is wrong
     chosen_lengths, rejected_lengths = response_lengths.chunk(2)
     chosen_per_token = chosen_logratio / chosen_lengths           # nats a token
     rejected_per_token = rejected_logratio / rejected_lengths
@@ -586,8 +583,6 @@ def variant_loss(policy_logps: Tensor, reference_logps: Tensor, response_lengths
         # Without label_smoothing this is dpo_loss, equation 7. With it, it is the conservative DPO
         # of Mitchell 2023: the loss is lowest where sigmoid(margin) is 1 - label_smoothing, so a
         # margin doesn't grow without end.
-        right = -F.logsigmoid(margin)
-        wrong = -F.logsigmoid(-margin)
         return (1 - label_smoothing) * right + label_smoothing * wrong
 
     if variant == "robust":
@@ -597,8 +592,6 @@ def variant_loss(policy_logps: Tensor, reference_logps: Tensor, response_lengths
         #     (1 - e) * ((1 - e) * right - e * wrong) + e * ((1 - e) * wrong - e * right)
         #         = ((1 - e)**2 - e**2) * right  =  (1 - 2 * e) * right
         # which is then divided by 1 - 2 * e.
-        right = -F.logsigmoid(margin)
-        wrong = -F.logsigmoid(-margin)
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
     if variant == "ipo":

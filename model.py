@@ -159,8 +159,8 @@ class GPT2(nn.Module):
 
         positions (R, T) int64: of each token in its text. If left out: 0, 1, 2, ... in each row.
         sees (R, T, T) bool: which tokens each token sees. If left out: itself and those before it.
-        dpo.packed_logps gives both, as its rows hold several texts each. Other rows that are longer
-        than the context raise ValueError.
+        dpo.packed_logps gives both, as its rows hold several texts each. Without positions, rows
+        that are longer than the context raise ValueError.
         """
         if positions is None:
             length = tokens.shape[1]
@@ -208,25 +208,60 @@ class GPT2(nn.Module):
 
 
 @torch.no_grad()
+def generate_one(model: GPT2, prompt: list[int], max_tokens: int, temperature: float = 1.0,
+                 top_p: float = 1.0, end_token: int = 50256, seed: int = 0) -> list[int]:
+    """An answer to one prompt: up to max_tokens ids, with end_token as the last if it comes.
+
+    This is the plain form: for each new token the model reads the whole row once more. `generate`
+    gives the same answer faster. temperature, top_p: see sample.
+    """
+    device = model.wte.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    answer = []
+    while len(answer) < max_tokens and end_token not in answer:
+        tokens = torch.tensor([prompt + answer], device=device)             # (1, T)
+        logits = model(tokens)[:, -1]                                       # (1, V)
+        new = sample(logits, temperature, top_p, generator)                 # (1,)
+        answer += new.tolist()
+    return answer
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token of each row: logits (R, V) -> (R,) int64.
+
+    temperature 1 draws from the model's own probabilities, a lower one prefers the likelier tokens,
+    and 0 takes the likeliest.
+
+    top_p (Holtzman et al. 2020, arXiv:1904.09751): only the likeliest tokens may be drawn, the
+    fewest whose probabilities add up to at least top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        up_to_here = ordered.cumsum(-1)                # of a token and all likelier ones
+        likelier = up_to_here - ordered                # of the likelier ones alone
+        keep = likelier < top_p
+        keep[:, 0] = True                              # the likeliest, whatever top_p is
+        ordered = ordered.masked_fill(~keep, 0.0)
+        # Back to the order of the vocabulary.
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
 def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature: float = 1.0,
              top_p: float = 1.0, end_token: int = 50256,
              stop: Callable[[list[int]], bool] | None = None, seed: int = 0) -> list[list[int]]:
     """Answers to prompts of any lengths, all at once: up to max_tokens new ids for each.
 
-    In short, for one prompt:
-
-        answer = []
-        while len(answer) < max_tokens and end_token not in answer:
-            logits = model(torch.tensor([prompt + answer]))[:, -1]     # (1, V), of the next token
-            answer += sample(logits, temperature, top_p, generator).tolist()
-
-    What the function adds: many prompts at once, and a cache, so that no token is read twice.
+    It is generate_one for many prompts, with a cache, so that no token is read twice.
 
     An answer ends with end_token, which it then holds, or where stop(ids of the answer) is true, or
-    at max_tokens. temperature 0 takes the likeliest token, 1 samples from the model as it is.
-    top_p: see sample. On one machine the same seed gives the same answers; torch's own generator is
-    left alone. Raises ValueError for an empty prompt, and if a prompt with its answer exceeds the
-    context.
+    at max_tokens. temperature, top_p: see sample. On one machine the same seed gives the same
+    answers; torch's own generator is left alone. Raises ValueError for an empty prompt, and if the
+    longest prompt and max_tokens exceed the context together.
     """
     config = model.config
     device = model.wte.weight.device
@@ -287,27 +322,6 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
         hidden = cached_hidden(model, new[:, None], positions[:, None], keys, values)
         hidden = hidden[:, 0]                                               # (R, 1, C) -> (R, C)
     return answers
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token of each row: logits (R, V) -> (R,) int64. At temperature 0 the likeliest.
-
-    top_p (Holtzman et al. 2020, arXiv:1904.09751): only the likeliest tokens may be drawn, the
-    fewest whose probabilities add up to at least top_p.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        up_to_here = ordered.cumsum(-1)                # of a token and all likelier ones
-        likelier = up_to_here - ordered                # of the likelier ones alone
-        keep = likelier < top_p
-        keep[:, 0] = True                              # the likeliest, whatever top_p is
-        ordered = ordered.masked_fill(~keep, 0.0)
-        # Back to the order of the vocabulary.
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 def cached_hidden(model: GPT2, tokens: Tensor, positions: Tensor, keys: Tensor,

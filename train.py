@@ -563,7 +563,8 @@ def name_of(dtype: torch.dtype) -> str:
 # How a run that was killed goes on, with --resume:
 #
 # - After each validation, and every config.save_every updates, save_last has written last.pt: the
-#   weights that train, the optimizer, the State, and what the reference said.
+#   weights that train, the optimizer, float16's scaler, the State, what the reference said, and how
+#   long the log was.
 # - open_run reads it, and cuts off what the log says of later updates.
 # - train goes straight to DPO, with the weights in sft/, if the last save was made in DPO.
 # - fit puts all of it back. data.batches goes on with update number state.step, as the pairs of an

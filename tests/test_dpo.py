@@ -836,8 +836,7 @@ def test_a_start_that_is_refused_is_told_with_what_was_expected():
 
 def test_the_check_of_the_start_does_not_depend_on_beta():
     """Its tolerance is one of logps. Of rewards, beta 0.01 would hide what beta 1 shows."""
-    assert list(inspect.signature(dpo.check_start).parameters) == [
-        "policy_logps", "reference_logps"]
+    assert list(inspect.signature(dpo.check_start).parameters) == ["policy", "reference"]
 
 
 @torch.no_grad()

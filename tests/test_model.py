@@ -12,10 +12,8 @@ import json
 import math
 import pickle
 import random
-import re
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -34,8 +32,8 @@ from model import (
     MLPWithAdapter,
     add_adapters,
     generate,
+    generate_one,
     merge_adapters,
-    sample,
     save_pretrained,
     strongest_neurons,
 )
@@ -901,28 +899,15 @@ def test_adapters_that_cannot_be_are_refused_with_the_value(wrong, ours):
 
 # Generation.
 
-def without_cache(model: GPT2, prompt: list[int], max_tokens: int, end_token: int) -> list[int]:
-    """The likeliest token, again and again, each time from a whole forward pass."""
-    answer = []
-    while len(answer) < max_tokens and end_token not in answer:
-        logits = model(torch.tensor([prompt + answer]))
-        answer.append(logits[0, -1].argmax().item())
-    return answer
-
-
-@pytest.mark.parametrize("temperature", [0, 1])
-@torch.no_grad()
-def test_the_short_form_in_its_docstring_gives_the_same_answers(temperature, ours):
-    lines = re.search(r"( *answer = \[\]\n.*?)\n\n", generate.__doc__, re.S)[1]
-    free = generate(ours, PROMPTS[:1], 20, temperature, end_token=-1, seed=3)[0]
+@pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (1.0, 1.0), (0.7, 0.8)])
+def test_the_plain_form_gives_the_same_answers(temperature, top_p, ours):
+    free = generate(ours, PROMPTS[:1], 20, temperature, top_p, end_token=-1, seed=3)[0]
     for end_token in (-1, free[7]):
-        names = {"model": ours, "prompt": PROMPTS[0], "max_tokens": 20, "end_token": end_token,
-                 "temperature": temperature, "top_p": 1.0, "torch": torch, "sample": sample,
-                 "generator": torch.Generator().manual_seed(3)}
-        exec(textwrap.dedent(lines), names)
-        assert generate(ours, PROMPTS[:1], 20, temperature, end_token=end_token,
-                        seed=3) == [names["answer"]]
-        assert len(names["answer"]) == (20 if end_token == -1 else free.index(free[7]) + 1)
+        plain = generate_one(ours, PROMPTS[0], 20, temperature, top_p, end_token, seed=3)
+        assert plain == generate(ours, PROMPTS[:1], 20, temperature, top_p, end_token, seed=3)[0]
+        assert len(plain) == (20 if end_token == -1 else free.index(free[7]) + 1)
+    if temperature > 0:
+        assert generate_one(ours, PROMPTS[0], 20, temperature, top_p, -1, seed=4) != free
 
 
 def test_greedy_is_the_same_alone_in_a_batch_without_a_cache_and_in_transformers(ours, theirs):
@@ -934,14 +919,14 @@ def test_greedy_is_the_same_alone_in_a_batch_without_a_cache_and_in_transformers
     assert len({len(answer) for answer in answers}) > 1
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert generate(ours, [prompt], 20, temperature=0, end_token=end) == [answer]
-        assert without_cache(ours, prompt, 20, end) == answer
+        assert generate_one(ours, prompt, 20, 0, end_token=end) == answer
         assert greedy_of(theirs, prompt, 20, end) == answer
 
 
 def test_generation_reaches_the_last_place_of_the_context_and_no_further(ours):
     """A context of 32: 7 + 25 tokens fit, 7 + 26 do not."""
     answer = generate(ours, [PROMPTS[2], [9]], 25, temperature=0, end_token=-1)
-    assert answer[0] == without_cache(ours, PROMPTS[2], 25, -1)
+    assert answer[0] == generate_one(ours, PROMPTS[2], 25, 0, end_token=-1)
     with pytest.raises(ValueError, match=r"7 tokens .* 26: .*32"):
         generate(ours, [PROMPTS[2], [9]], 26)
 
