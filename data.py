@@ -254,7 +254,7 @@ def tokenize(pairs: list[Pair], encoding: tiktoken.Encoding, max_tokens: int,
 # A batch has two forms, with the same meaning. A padded one has a row for each response: any model
 # can read it, and dpo.sequence_logps takes it. A packed one has several pairs in a row, each with
 # its prompt once, and hardly any padding: it needs a model that can be told which tokens each token
-# sees, as ours can, and dpo.packed_logps. train.py trains with packed batches, since they are
+# sees, as ours can. dpo.packed_logps takes it. train.py trains with packed batches, since they are
 # faster.
 #
 # In both forms the responses are numbered chosen first: of B pairs, pair b's chosen response is
@@ -306,7 +306,7 @@ class PackedBatch(NamedTuple):
     rejected response, one after the other. A mask, `sees`, keeps them apart.
 
     A response stands there without its last token, from which nothing is predicted. The docstring
-    of dpo.packed_logps shows a batch with all its numbers. A place is a cell of the R x T tokens,
+    of dpo.packed_logps shows a batch with its numbers. A place is a cell of the R x T tokens,
     numbered row by row: token t of row r is place r * T + t. A batch for supervised fine-tuning has
     only the chosen responses: B instead of 2B. int64 where nothing else is said.
     """
@@ -404,9 +404,9 @@ def arrange(lengths: list[int]) -> tuple[int, int, list[tuple[int, int]]]:
     """How to lay pieces of these lengths in rows with little padding: how many rows, how long they
     are, and for each piece its row and first column.
 
-    Rows that are a little longer than the longest piece may leave less padding, so about eight
-    lengths are tried, up to a quarter above it. Much longer rows would cost time in attention,
-    whose work grows with the square of their length.
+    Rows that are a little longer than the longest piece may leave less padding, so some lengths are
+    tried, up to a quarter above it. Much longer rows would cost time in attention, whose work grows
+    with the square of their length.
     """
     longest = max(lengths)
     best = None
@@ -427,8 +427,8 @@ def first_fit(lengths: list[int], width: int) -> tuple[int, list[tuple[int, int]
     """
     used = []                                          # how many columns of each row are taken
     starts = [(0, 0)] * len(lengths)
-    by_length = sorted(range(len(lengths)), key=lambda piece: -lengths[piece])
-    for piece in by_length:
+    longest_first = sorted(range(len(lengths)), key=lambda piece: -lengths[piece])
+    for piece in longest_first:
         row = 0
         while row < len(used) and used[row] + lengths[piece] > width:
             row += 1

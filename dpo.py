@@ -9,7 +9,7 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
                        train_dpo joins them, all but the validation, for a model of your own
 5. faster              the same log-probabilities without the arithmetic that padded rows waste
 6. variants            other losses that have been proposed since
-7. less memory         the last step of section 5, with its derivatives by hand
+7. less memory         for the logits of section 5: their derivatives by hand
 
 The letters in the shapes: B pairs, R rows (2B where each response has one), T tokens of a row,
 V tokens of the vocabulary.
@@ -435,11 +435,11 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 # is predicted. train.py trains with packed batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
-# two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit e764479):
+# two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit d91942e):
 #
-#     45.2    padded rows, by sequence_logps
-#     31.3    padded rows, with the logits of responses alone
-#     14.5    packed: each prompt once, and hardly any padding
+#     52.0    padded rows, by sequence_logps
+#     35.5    padded rows, with the logits of responses alone
+#     15.7    packed: each prompt once, and hardly any padding
 #
 # Further letters: M predictions, C width of the model.
 
@@ -522,7 +522,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     >>> torch.allclose(packed_logps(model, batch), plain)
     True
     """
-    hidden = model.hidden(batch.tokens, batch.positions, batch.sees)   # (R, T, C)
+    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.sees)  # (R, T, C)
     hidden = hidden.flatten(0, 1)                      # (R * T, C): one for each place
     hidden = hidden.index_select(0, batch.predicts)    # (M, C): those that predict a response
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
@@ -533,9 +533,10 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden = hidden.to(dtype)
-        # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. So its head's rows are taken
-        # about their mean: then the logits lie near 0, where the steps are fine. All logits of a
-        # prediction move by the same number, which changes no softmax.
+        # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. So the head's rows are taken
+        # about their mean row m: then the logits lie near 0, where the steps are fine. The logit of
+        # a token, h . row, becomes h . row - h . m. As h . m is the same for all tokens, no softmax
+        # changes.
         head = (head - head.mean(0)).to(dtype)
 
     # The log p of each target, (M,). TargetLogps is these three lines, with less memory:
@@ -629,19 +630,19 @@ class TargetLogps(torch.autograd.Function):
 
     hidden (M, C), head (V, C), targets (M,) int64. Logits exist for `piece` predictions at a time.
 
-    For the three lines in packed_logps autograd would keep all V x M numbers of log_softmax. Here
-    the derivatives are made piece by piece. The derivative of log p(target) by the logits is known,
-    as that of cross-entropy is: one_hot(target) - softmax. Call it d_logits. Through the product
-    head @ h.T it becomes two:
+    For the three lines in packed_logps autograd would keep all V x M numbers of log_softmax, for
+    the backward pass. Here they are gone by then, and the derivatives are made by hand.
 
-        by h       d_logits.T @ head      (piece, V) @ (V, C): a row for each prediction
-        by head    d_logits @ h           (V, piece) @ (piece, C): a sum over predictions
+    The derivative of log p(target) by the logits is known from cross-entropy: one_hot(target) -
+    softmax. Call it d_logits (V, M), and grad (M,) the derivative of the loss by each log p. As
+    logits = head @ hidden.T, the derivatives of the loss are, with m for a prediction,
 
-    Each prediction's part must be multiplied by the gradient that arrives for it, which is known
-    only in the backward pass. The first product can be made before: the gradient then multiplies
-    its rows. So the forward pass makes it, while it has the softmax. In the second, a sum, the
-    parts can't be told apart any more. So the backward pass makes it, from h times the gradient,
-    and from a softmax that is computed once more; and only if the head trains.
+        d_hidden[m] = grad[m] * (d_logits[:, m] @ head)                           (C,)
+        d_head      = sum over m of  grad[m] * outer(d_logits[:, m], hidden[m])   (V, C)
+
+    Only the backward pass knows grad. In d_hidden it multiplies a row that can be made before: the
+    forward pass makes these rows, the slopes, while it has the softmax. In d_head it stands within
+    the sum, so the backward pass must make the softmax once more; but only if the head trains.
 
     (torch.utils.checkpoint around the three lines would be simpler. Adapters, whose head doesn't
     train, would then pay for a third product: see "Speed" in results/README.md.)
@@ -651,7 +652,7 @@ class TargetLogps(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, piece: int) -> Tensor:
         hidden_trains, head_trains, _, _ = ctx.needs_input_grad
         logps = []
-        slopes = []                                    # the derivatives by h
+        slopes = []                                    # d_logits[:, m] @ head, for each m
         for h, target in zip(hidden.split(piece), targets.split(piece), strict=True):
             piece_logps, d_logits = logps_and_derivative(h, head, target)
             logps.append(piece_logps)                                        # (piece,)
@@ -674,13 +675,13 @@ class TargetLogps(torch.autograd.Function):
         d_head = None
         if head_trains:
             # Products are in the number format of hidden, their sum in float32 at least.
-            weighted = (grad[:, None] * hidden).to(hidden.dtype)             # (M, C)
             d_head = torch.zeros_like(head, dtype=grad.dtype)                # (V, C)
-            pieces = zip(hidden.split(ctx.piece), weighted.split(ctx.piece),
-                         targets.split(ctx.piece), strict=True)
-            for h, weighted_h, target in pieces:
-                _, d_logits = logps_and_derivative(h, head, target)
-                add_product(d_head, d_logits, weighted_h)
+            pieces = zip(hidden.split(ctx.piece), grad.split(ctx.piece), targets.split(ctx.piece),
+                         strict=True)
+            for h, g, target in pieces:
+                _, d_logits = logps_and_derivative(h, head, target)          # (V, piece)
+                weighted = (g[:, None] * h).to(h.dtype)                      # (piece, C)
+                add_product(d_head, d_logits, weighted)
             d_head = d_head.to(head.dtype)
         return d_hidden, d_head, None, None            # targets and piece have no gradient
 

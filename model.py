@@ -149,26 +149,28 @@ class GPT2(nn.Module):
         initialize(self, config.n_layer)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (R, T) int64 -> logits (R, T, V): position t predicts token t + 1."""
-        x = self.hidden(tokens)                                       # (R, T, C)
+        """tokens (R, T) int64 -> logits (R, T, V): position t predicts token t + 1.
+
+        Raises ValueError for rows that are longer than the context.
+        """
+        length = tokens.shape[1]
+        context = self.config.n_positions
+        if length > context:
+            raise ValueError(f"rows of {length} tokens, expected at most {context}, the context of "
+                             f"this model: cut the rows")
+        positions = torch.arange(length, device=tokens.device)        # (T,)
+        x = self.wte(tokens) + self.wpe(positions)                    # (R, T, C)
+        for block in self.h:
+            x = block(x)
+        x = self.ln_f(x)
         return self.logits(x)
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None,
-               sees: Tensor | None = None) -> Tensor:
-        """What the head reads: tokens (R, T) int64 -> (R, T, C).
+    def packed_hidden(self, tokens: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
+        """forward without the head, for rows that hold several texts each: (R, T) -> (R, T, C).
 
-        positions (R, T) int64: of each token in its text. If left out: 0, 1, 2, ... in each row.
-        sees (R, T, T) bool: which tokens each token sees. If left out: itself and those before it.
-        dpo.packed_logps gives both, as its rows hold several texts each. Without positions, rows
-        that are longer than the context raise ValueError.
+        positions (R, T) int64: of each token in its text. sees (R, T, T) bool: which tokens each
+        token sees. dpo.packed_logps shows such rows.
         """
-        if positions is None:
-            length = tokens.shape[1]
-            context = self.config.n_positions
-            if length > context:
-                raise ValueError(f"rows of {length} tokens, expected at most {context}, the "
-                                 f"context of this model: cut the rows")
-            positions = torch.arange(length, device=tokens.device)    # (T,)
         x = self.wte(tokens) + self.wpe(positions)                    # (R, T, C)
         for block in self.h:
             x = block(x, sees)
@@ -212,8 +214,8 @@ def generate_one(model: GPT2, prompt: list[int], max_tokens: int, temperature: f
                  top_p: float = 1.0, end_token: int = 50256, seed: int = 0) -> list[int]:
     """An answer to one prompt: up to max_tokens ids, with end_token as the last if it comes.
 
-    This is the plain form: for each new token the model reads the whole row once more. `generate`
-    gives the same answer faster. temperature, top_p: see sample.
+    This is the plain form: for each new token the model reads the whole row once more. With a
+    single prompt `generate` gives the same answer, and faster. temperature, top_p: see sample.
     """
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -256,7 +258,7 @@ def generate(model: GPT2, prompts: list[list[int]], max_tokens: int, temperature
              stop: Callable[[list[int]], bool] | None = None, seed: int = 0) -> list[list[int]]:
     """Answers to prompts of any lengths, all at once: up to max_tokens new ids for each.
 
-    It is generate_one for many prompts, with a cache, so that no token is read twice.
+    It is generate_one for many prompts, and with a cache, so that no token is read twice.
 
     An answer ends with end_token, which it then holds, or where stop(ids of the answer) is true, or
     at max_tokens. temperature, top_p: see sample. On one machine the same seed gives the same

@@ -212,7 +212,7 @@ def train(config: Config) -> int:
     sft_splits = splits
     if config.demo:                                    # SFT shall not teach which one is chosen
         sft_splits = half_swapped(splits)
-    sft_is_done = run.saved.get("stage") == "dpo"      # the run was stopped in DPO, and is resumed
+    sft_is_done = run.saved.get("stage") == "dpo"      # a run that goes on in DPO, see section 5
     if not sft_is_done:
         fit(config, machine, run, "sft", model, sft_loss_function, sft_splits,
             peak_lr=config.sft_lr, epochs=config.sft_epochs, sides=("chosen",))
@@ -374,7 +374,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
                                  scaler)
         # The metrics were read, so the device has done all but the optimizer's step.
         seconds = time.perf_counter() - begun
-        tokens = sum(batch.tokens.numel() for batch in micro_batches)
+        tokens = sum(batch.tokens.numel() for batch in micro_batches)      # and some padding
         speeds.append(tokens / seconds)
         state.step += 1
 

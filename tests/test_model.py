@@ -274,7 +274,7 @@ def test_a_packed_row_computes_what_padded_rows_do(ours):
     sees = torch.ones(1, 8, 8, dtype=torch.bool).tril()
     sees[0, 5, 2:5] = False                            # 10 does not see 7, 8, 9
     sees[0, 6:, :6] = False                            # 11 and 12 see nothing before them
-    logits = ours.logits(ours.hidden(tokens, positions, sees))[0]
+    logits = ours.logits(ours.packed_hidden(tokens, positions, sees))[0]
     assert far(logits, expected) < 1e-5
 
     gradient = gradient_of(ours, logits)

@@ -51,7 +51,7 @@ class Given(nn.Module):
         self.states = nn.Parameter(hidden)
         self.wte = nn.Embedding.from_pretrained(head, freeze=False)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
+    def packed_hidden(self, tokens: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
         return self.states[None]                       # one row
 
 
