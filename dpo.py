@@ -634,15 +634,16 @@ class TargetLogps(torch.autograd.Function):
     the backward pass. Here they are gone by then, and the derivatives are made by hand.
 
     The derivative of log p(target) by the logits is known from cross-entropy: one_hot(target) -
-    softmax. Call it d_logits (V, M), and grad (M,) the derivative of the loss by each log p. As
-    logits = head @ hidden.T, the derivatives of the loss are, with m for a prediction,
+    softmax. Call it error (V, M): a column for each prediction m. Let grad (M,) be the derivative
+    of the loss by each log p. As logits = head @ hidden.T, the derivatives of the loss are
 
-        d_hidden[m] = grad[m] * (d_logits[:, m] @ head)                           (C,)
-        d_head      = sum over m of  grad[m] * outer(d_logits[:, m], hidden[m])   (V, C)
+        by hidden[m]    grad[m] * (error[:, m] @ head)                           (C,)
+        by head         sum over m of  grad[m] * outer(error[:, m], hidden[m])   (V, C)
 
-    Only the backward pass knows grad. In d_hidden it multiplies a row that can be made before: the
-    forward pass makes these rows, the slopes, while it has the softmax. In d_head it stands within
-    the sum, so the backward pass must make the softmax once more; but only if the head trains.
+    Only the backward pass knows grad. In the first it multiplies a row that can be made before: the
+    forward pass makes these rows, the slopes, while it has the softmax. In the second it stands
+    within the sum, so the backward pass must make the softmax once more; but only if the head
+    trains.
 
     (torch.utils.checkpoint around the three lines would be simpler. Adapters, whose head doesn't
     train, would then pay for a third product: see "Speed" in results/README.md.)
@@ -652,12 +653,12 @@ class TargetLogps(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, piece: int) -> Tensor:
         hidden_trains, head_trains, _, _ = ctx.needs_input_grad
         logps = []
-        slopes = []                                    # d_logits[:, m] @ head, for each m
+        slopes = []                                    # error[:, m] @ head, for each m
         for h, target in zip(hidden.split(piece), targets.split(piece), strict=True):
-            piece_logps, d_logits = logps_and_derivative(h, head, target)
+            piece_logps, error = logps_and_error(h, head, target)
             logps.append(piece_logps)                                        # (piece,)
             if hidden_trains:
-                slopes.append(d_logits.T @ head)                             # (piece, C)
+                slopes.append(error.T @ head)                             # (piece, C)
         ctx.save_for_backward(hidden, targets,
                               torch.cat(slopes) if hidden_trains else None,  # (M, C)
                               head if head_trains else None)
@@ -679,16 +680,16 @@ class TargetLogps(torch.autograd.Function):
             pieces = zip(hidden.split(ctx.piece), grad.split(ctx.piece), targets.split(ctx.piece),
                          strict=True)
             for h, g, target in pieces:
-                _, d_logits = logps_and_derivative(h, head, target)          # (V, piece)
+                _, error = logps_and_error(h, head, target)          # (V, piece)
                 weighted = (g[:, None] * h).to(h.dtype)                      # (piece, C)
-                add_product(d_head, d_logits, weighted)
+                add_product(d_head, error, weighted)
             d_head = d_head.to(head.dtype)
         return d_hidden, d_head, None, None            # targets and piece have no gradient
 
 
-def logps_and_derivative(h: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of the targets, (piece,); and its derivative by the logits, one_hot - softmax,
-    (V, piece), in the number format of h.
+def logps_and_error(h: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of the targets, (piece,); and its derivative by the logits, the error one_hot -
+    softmax, (V, piece), in the number format of h.
 
     h (piece, C), head (V, C), target (piece,). All is done in place: in float32 one array of
     V x piece numbers is enough. It holds logits, then exp, then minus softmax, then the result.
@@ -698,10 +699,10 @@ def logps_and_derivative(h: Tensor, head: Tensor, target: Tensor) -> tuple[Tenso
     target_logits = logits.gather(0, target[None, :]).squeeze(0)             # (piece,), a copy
     exp = logits.exp_()
     z = exp.sum(0)                                                           # (piece,)
-    d_logits = exp.div_(-z)                            # -softmax
+    error = exp.div_(-z)                               # -softmax
     column = torch.arange(len(target), device=target.device)
-    d_logits[target, column] += 1                      # a 1 in each column, at its target
-    return target_logits - z.log(), d_logits.to(h.dtype)
+    error[target, column] += 1                         # a 1 in each column, at its target
+    return target_logits - z.log(), error.to(h.dtype)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

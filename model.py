@@ -215,7 +215,8 @@ def generate_one(model: GPT2, prompt: list[int], max_tokens: int, temperature: f
     """An answer to one prompt: up to max_tokens ids, with end_token as the last if it comes.
 
     This is the plain form: for each new token the model reads the whole row once more. With a
-    single prompt `generate` gives the same answer, and faster. temperature, top_p: see sample.
+    single prompt `generate` gives the same answer (but for rounding), and faster.
+    temperature, top_p: see sample.
     """
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)

@@ -176,7 +176,7 @@ class KeepResults(TorchDispatchMode):
 def test_the_logits_of_a_piece_need_memory_once():
     """7 predictions, a vocabulary of 50: all results of 350 numbers share the memory of one."""
     with KeepResults() as results:
-        dpo.logps_and_derivative(torch.randn(7, 3), torch.randn(50, 3), torch.arange(7))
+        dpo.logps_and_error(torch.randn(7, 3), torch.randn(50, 3), torch.arange(7))
     logits = [tensor for tensor in results.tensors if tensor.numel() == 50 * 7]
     assert len(logits) > 1
     assert len({tensor.untyped_storage().data_ptr() for tensor in logits}) == 1
