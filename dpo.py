@@ -156,8 +156,8 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
     """The DPO loss, and what tells whether training goes well: a dict of (B,) tensors.
 
     policy, reference (2B,): log-probabilities of the responses in nats, chosen first. The names of
-    the metrics, but for the last, are trl's, so that runs can be compared. Only "loss" carries a
-    gradient.
+    the metrics, but for the last, are trl's, so that runs can be compared. (But in the accuracy a
+    tie counts 1/2, in trl 0. At the start all are ties.) Only "loss" carries a gradient.
     """
     policy_chosen, policy_rejected = policy.chunk(2)                 # (B,) each
     reference_chosen, reference_rejected = reference.chunk(2)        # (B,) each
@@ -172,7 +172,7 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,
         "rewards/margins": margin,
-        "rewards/accuracies": wins + ties / 2,         # ties, as all are at first, count 1/2
+        "rewards/accuracies": wins + ties / 2,
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
         # The loss sees only the margin, so it can fall although both rewards fall. So count the
@@ -335,8 +335,8 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 
     "Equal" allows for rounding: the mean of |policy - reference| may be 4 * eps * the mean of
     |reference|, with float32's eps, 1.2e-7. For logps near -150 that is 0.00007 nats. It leaves
-    room for sums in float32, which a GPU may make in a changing order. Faults make far larger
-    differences. (4 is our choice; 2 or 10 would do as well.)
+    room for sums that a GPU makes in a changing order, as some models have them. Faults make far
+    larger differences. (4 is our choice; 2 or 10 would do as well.)
     """
     difference = (policy - reference).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
@@ -658,7 +658,7 @@ class TargetLogps(torch.autograd.Function):
             piece_logps, error = logps_and_error(h, head, target)
             logps.append(piece_logps)                                        # (piece,)
             if hidden_trains:
-                slopes.append(error.T @ head)                             # (piece, C)
+                slopes.append(error.T @ head)                                # (piece, C)
         ctx.save_for_backward(hidden, targets,
                               torch.cat(slopes) if hidden_trains else None,  # (M, C)
                               head if head_trains else None)
@@ -680,7 +680,7 @@ class TargetLogps(torch.autograd.Function):
             pieces = zip(hidden.split(ctx.piece), grad.split(ctx.piece), targets.split(ctx.piece),
                          strict=True)
             for h, g, target in pieces:
-                _, error = logps_and_error(h, head, target)          # (V, piece)
+                _, error = logps_and_error(h, head, target)                  # (V, piece)
                 weighted = (g[:, None] * h).to(h.dtype)                      # (piece, C)
                 add_product(d_head, error, weighted)
             d_head = d_head.to(head.dtype)

@@ -588,6 +588,7 @@ def test_rows_are_as_long_as_leaves_the_least_padding():
     assert starts == [(0, 0), (1, 0), (1, 20)]
     assert data.arrange([16, 8])[:2] == (2, 16)
     assert data.arrange([16, 4])[:2] == (1, 20)
+    assert data.arrange([8, 2] * 4)[:2] == (5, 8)      # four rows of 10 have as many cells: shorter
     assert data.arrange([1]) == (1, 1, [(0, 0)])
 
 
