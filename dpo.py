@@ -11,8 +11,8 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 6. variants            other losses that have been proposed since
 7. less memory         for the logits of section 5: their derivatives by hand
 
-The letters in the shapes: B pairs, R rows (2B where each response has one), T tokens of a row,
-V tokens of the vocabulary.
+The letters in the shapes: B pairs, R rows (2B where each response has its own), T tokens of a
+row, V tokens of the vocabulary.
 
 This file needs torch alone, so it can be copied. A batch may be any object that has `indices` (B,):
 the numbers of its pairs in the data set. (train_dpo also reads `tokens` and `mask`.) Only
@@ -659,9 +659,12 @@ class TargetLogps(torch.autograd.Function):
             logps.append(piece_logps)                                        # (piece,)
             if hidden_trains:
                 slopes.append(error.T @ head)                                # (piece, C)
-        ctx.save_for_backward(hidden, targets,
-                              torch.cat(slopes) if hidden_trains else None,  # (M, C)
-                              head if head_trains else None)
+        all_slopes = None
+        if hidden_trains:
+            all_slopes = torch.cat(slopes)                                   # (M, C)
+        if not head_trains:
+            head = None                                # only its own derivative needs it again
+        ctx.save_for_backward(hidden, targets, all_slopes, head)
         ctx.piece = piece
         return torch.cat(logps)
 
