@@ -158,7 +158,9 @@ def as_dialogue(prompt: str) -> str:
     >>> as_dialogue("\n\nHuman: Say Assistant:\n\nAssistant:")
     '\n\nHuman: Say Assistant:\n\nAssistant:'
     """
-    prompt = re.sub(r"\n+Assistant:$", "", prompt.strip())  # the mark, on a line of its own
+    prompt = prompt.strip()
+    if prompt.endswith("\nAssistant:"):            # the mark, on a line of its own
+        prompt = prompt.removesuffix("Assistant:").rstrip("\n")
     if not prompt.startswith("Human:"):
         prompt = "Human: " + prompt
     return "\n\n" + prompt + ASSISTANT
@@ -341,37 +343,43 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
         lengths.append(length)
     row_count, width, starts = arrange(lengths)
 
-    # In the loop sees gets blocks: a prompt sees itself, and a response sees its prompt and itself,
-    # but not the other response. After the loop, what comes later is taken away.
     tokens = np.zeros((row_count, width), np.int64)
     positions = np.zeros((row_count, width), np.int64)
-    sees = np.zeros((row_count, width, width), bool)
+    pair_at = np.full((row_count, width), -1)          # the pair of the token: its place in pairs
+    part_at = np.zeros((row_count, width), np.int64)   # of the prompt 0, of the responses 1 and 2
     responses = {side: [] for side in sides}
     predicts = {side: [] for side in sides}            # the places that predict each response
-    for pair, (row, start) in zip(pairs, starts, strict=True):
-        prompt = slice(start, start + len(pair.prompt))
-        tokens[row, prompt] = pair.prompt
-        positions[row, prompt] = np.arange(len(pair.prompt))
-        sees[row, prompt, prompt] = True
-        end = prompt.stop
-        for side in sides:
+    for number, (pair, (row, start)) in enumerate(zip(pairs, starts, strict=True)):
+        prompt_length = len(pair.prompt)
+        end = start + prompt_length
+        last_of_prompt = end - 1
+        tokens[row, start:end] = pair.prompt
+        positions[row, start:end] = np.arange(prompt_length)
+        pair_at[row, start:end] = number
+        for part, side in enumerate(sides, start=1):
             response = getattr(pair, side)
-            read = slice(end, end + len(response) - 1)
+            read = slice(end, end + len(response) - 1)             # without its last token
             tokens[row, read] = response[:-1]
-            positions[row, read] = len(pair.prompt) + np.arange(len(response) - 1)
-            sees[row, read, prompt] = True
-            sees[row, read, read] = True
+            positions[row, read] = prompt_length + np.arange(len(response) - 1)
+            pair_at[row, read] = number
+            part_at[row, read] = part
+            end = read.stop
             # The prompt's last token predicts the response's first one. Each token of the response
             # predicts the next.
-            columns = np.array([prompt.stop - 1, *range(read.start, read.stop)])
+            columns = np.array([last_of_prompt, *range(read.start, read.stop)])
             responses[side].append(response)
-            predicts[side].append(row * width + columns)
-            end = read.stop
-    sees &= np.tri(width, dtype=bool)                  # True where s <= t
-    # Padding sees itself: a softmax over nothing would be nan.
-    sees |= np.eye(width, dtype=bool)
+            predicts[side].append(row * width + columns)           # as places
 
-    # Chosen first.
+    # sees[r, t, s]: t sees s if both are of one pair, s is of the prompt or of the same response as
+    # t, and s does not come after t. (The padding counts as a pair of its own, -1. Nobody reads it,
+    # but it must see something: a softmax over nothing would be nan.)
+    same_pair = pair_at[:, :, None] == pair_at[:, None, :]         # (R, T, T)
+    same_part = part_at[:, :, None] == part_at[:, None, :]         # (R, T, T)
+    in_prompt = part_at[:, None, :] == 0                           # (R, 1, T): is s in a prompt?
+    not_after = np.tri(width, dtype=bool)                          # (T, T): True where s <= t
+    sees = same_pair & (in_prompt | same_part) & not_after
+
+    # Response by response, chosen first.
     all_responses = []
     all_predicts = []
     for side in sides:
@@ -409,20 +417,23 @@ def arrange(lengths: list[int]) -> tuple[int, int, list[tuple[int, int]]]:
     with the square of their length.
     """
     longest = max(lengths)
+    widest = longest + longest // 4
+    between = max(1, longest // 32)                    # so nine or ten widths are tried
     best = None
-    fewest = math.inf
-    for width in range(longest, longest + longest // 4 + 1, max(1, longest // 32)):
+    fewest_places = math.inf
+    for width in range(longest, widest + 1, between):
         row_count, starts = first_fit(lengths, width)
-        if row_count * width < fewest:
-            fewest = row_count * width
+        if row_count * width < fewest_places:
+            fewest_places = row_count * width
             best = row_count, width, starts
     return best
 
 
 def first_fit(lengths: list[int], width: int) -> tuple[int, list[tuple[int, int]]]:
-    """The longest piece first, each into the first row that has room for it.
+    """The longest piece first, each into the first row that has room for it. Returns how many rows
+    there are, and of each piece the row and the first column.
 
-    >>> first_fit([2, 5, 2], width=5)
+    >>> first_fit([2, 5, 2], width=5)  # 5 fills row 0; both 2 go to row 1, to the columns 0 and 2
     (2, [(1, 0), (0, 0), (1, 2)])
     """
     used = []                                          # how many columns of each row are taken
@@ -442,10 +453,11 @@ def first_fit(lengths: list[int], width: int) -> tuple[int, list[tuple[int, int]
 def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: int, start: int = 0,
             reference_table: Tensor | None = None,
             sides: tuple[str, ...] = SIDES) -> Iterator[list[PackedBatch]]:
-    """For each update, from number `start` on and without end, the micro-batches of its pairs.
+    """For each update, from number `start` on and without end, the list of its micro-batches.
 
     An epoch holds each pair once; its last update may have fewer pairs. The order is shuffled anew
-    for each epoch, and follows from (seed, epoch) alone: so a resumed run sees the same batches.
+    for each epoch, and follows from the seed, the epoch and the number of pairs: so a resumed run
+    sees the same batches.
     An update's pairs are sorted by length, then cut into micro-batches of up to micro_pairs pairs.
     So the micro-batches of short pairs have short rows, in which attention has less work.
     reference_table, sides: see pack.
@@ -475,20 +487,20 @@ def micro_batches(pairs: list[TokenPair], indices: np.ndarray, micro_pairs: int,
                   sides: tuple[str, ...]) -> Iterator[PackedBatch]:
     """The pairs at these places, sorted by length, in batches of up to micro_pairs.
 
-    A pair's length is that of its prompt and both responses.
+    A pair's length is that of its prompt and both responses, in SFT, too.
     """
     lengths = []
     for index in indices:
         pair = pairs[index]
         lengths.append(len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
-    indices = indices[np.argsort(lengths, kind="stable")]
-    for first in range(0, len(indices), micro_pairs):
-        part = indices[first:first + micro_pairs]
+    shortest_first = indices[np.argsort(lengths, kind="stable")]
+    for first in range(0, len(shortest_first), micro_pairs):
+        part = shortest_first[first:first + micro_pairs]
         yield pack([pairs[index] for index in part], part, reference_table, sides)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The numbers from 0 to count - 1 in an order that follows from (seed, epoch) alone.
+    """The numbers from 0 to count - 1 in an order that follows from the arguments alone.
 
     The order that sorts random numbers is a random order. numpy promises that the numbers of PCG64
     stay the same in later versions (NEP 19). It promises no such thing for its shuffle.
@@ -650,8 +662,9 @@ def download(url: str, path: str | Path, sha256: str = "", tries: int = 5) -> Pa
 
     A try that breaks off is made again, from the byte where it broke, until `tries` in a row have
     brought nothing new. Then OSError is raised; <path>.part stays, and the next call goes on from
-    it. OSError is raised at once for what does not pass: a wrong address, or a file of a wrong size
-    or hash that came in one try. (What came in several is deleted, and tried again as a whole.)
+    it. OSError is raised at once for faults that no further try can mend: a wrong address, or a
+    file of a wrong size or hash that came in one try. (What came in several is deleted, and tried
+    again as a whole.)
     sha256: the hash that the file must have, in hexadecimal digits; if left out, the one that the
     hub tells. The file has its name only when it is whole and has been checked.
     """
@@ -674,23 +687,24 @@ def download(url: str, path: str | Path, sha256: str = "", tries: int = 5) -> Pa
     return path
 
 
+# Faults that a further try may mend.
 MAY_PASS = (requests.ConnectionError, requests.Timeout, requests.HTTPError,
             requests.exceptions.ChunkedEncodingError)
 
 
 def try_until_whole(url: str, file: BinaryIO, label: str, sha256: str, tries: int) -> None:
     """Call `receive` until the file is whole, or `tries` calls in a row have brought nothing."""
-    failures = 0
-    most = file.seek(0, os.SEEK_END)               # the most bytes that have been there
+    failures = 0                                   # in a row
+    most = file.seek(0, os.SEEK_END)               # the most bytes that have been there so far
     while True:
         try:
             receive(url, file, label, sha256)
             return
         except MAY_PASS as error:
             size = file.seek(0, os.SEEK_END)
-            if size > most:
+            if size > most:                        # this try has brought something
                 most = size
-                failures = 0                       # count from 0 again
+                failures = 0
             else:
                 failures += 1
             if failures == tries:
@@ -721,10 +735,10 @@ def receive(url: str, file: BinaryIO, label: str, sha256: str) -> None:
 
     Raises one of MAY_PASS where a further try may help, and OSError where it can't.
     """
-    done = file.seek(0, os.SEEK_END)
+    kept = file.seek(0, os.SEEK_END)               # bytes that earlier tries have brought
     headers = {"Accept-Encoding": "identity"}      # of compressed content no range can be had
-    if done > 0:
-        headers["Range"] = f"bytes={done}-"
+    if kept > 0:
+        headers["Range"] = f"bytes={kept}-"
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and url.startswith(hub() + "/"):
         headers["Authorization"] = f"Bearer {token}"   # requests drops it where it leaves the hub
@@ -735,21 +749,21 @@ def receive(url: str, file: BinaryIO, label: str, sha256: str) -> None:
         code = answer.status_code
         if code == 200:                            # the whole file, whatever was asked for
             file.truncate(0)
-            done = 0
-            append(answer, file, label, done, size)
-        elif code == 206 and first_byte_of(answer) == done:
-            append(answer, file, label, done, size)
-        elif code == 416 and done == size:
+            kept = 0
+            append(answer, file, label, kept, size)
+        elif code == 206 and first_byte_of(answer) == kept:
+            append(answer, file, label, kept, size)
+        elif code == 416 and kept == size:
             pass                                   # nothing is missing
         else:
             file.truncate(0)
-            raise requests.ConnectionError(f"the server can't go on after {done:,} bytes")
+            raise requests.ConnectionError(f"the server can't go on after {kept:,} bytes")
 
     try:
         check_content(file, size, sha256 or hub_sha256)
     except ValueError as error:
         file.truncate(0)
-        if done > 0:           # an earlier try may have left bytes of another file: so try again
+        if kept > 0:           # they may be of another file: so try again, from the first byte
             raise requests.ConnectionError(str(error)) from None
         raise OSError(f"{url}: {error}; run again, or see whether the file has changed") from None
 
@@ -787,7 +801,8 @@ def check_status(url: str, answer: requests.Response) -> None:
 def promised(answer: requests.Response) -> tuple[int, str]:
     """Size and sha256 of the whole file, as far as they were told: else 0 and "".
 
-    For large files the hub redirects to another host. It is the redirect that tells both.
+    The store's headers may tell the size. For large files the hub's redirect tells both, and it is
+    the redirect that counts; but see the head of this section.
     """
     size = 0
     sha256 = ""

@@ -8,7 +8,7 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 4. training            the learning rate, one update, one validation, the check before the start;
                        train_dpo joins them, all but the validation, for a model of your own
 5. faster              the same log-probabilities without the arithmetic that padded rows waste
-6. variants            other losses that have been proposed since
+6. other losses        of supervised fine-tuning; and those that were proposed after DPO's
 7. less memory         for the logits of section 5: their derivatives by hand
 
 The letters in the shapes: B pairs, R rows (2B where each response has its own), T tokens of a
@@ -47,10 +47,13 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
 
         pi = pi_ref * exp(reward / beta) / Z(prompt)
 
-    where Z makes the probabilities add up to 1. Solved for the reward, this tells for which reward
-    a given policy is the best one:
+    where Z makes the probabilities add up to 1. The log of both sides, times beta, is
 
-        reward = beta * log(pi / pi_ref) + beta * log Z(prompt)
+        beta * log pi = beta * log pi_ref + reward - beta * log Z(prompt)
+
+    Solved for the reward, this tells for which reward a given policy is the best one:
+
+        reward = beta * (log pi - log pi_ref) + beta * log Z(prompt)
 
     So there is no need of a reward model: the policy itself can be fitted to what people prefer.
     They prefer the chosen response, by Bradley and Terry's model, with the probability
@@ -119,8 +122,8 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
     the data is data: it is asked once, before training. No second model stands in memory, and no
     update computes the reference again.
 
-    logps_of: how to compute the logps (2B,) of a batch, chosen first. There are two ways in this
-    file: packed_logps, for packed batches, and, for padded ones,
+    logps_of(model, batch): the logps (2B,) of a batch, first those of its B chosen responses, then
+    those of the rejected ones. For batches of padded rows:
 
         def logps_of(model, batch):
             return sequence_logps(model, batch.tokens, batch.mask)
@@ -136,17 +139,6 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
         table[0, indices] = chosen
         table[1, indices] = rejected
     return table
-
-
-def sft_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
-    """The loss of the stage before DPO, supervised fine-tuning (SFT): nats a token, (B,).
-
-    Each response counts the same, however long it is: a few long ones must not decide.
-
-    chosen_logps (B,): log pi(response | prompt) of the chosen responses. chosen_lengths (B,) int64:
-    their lengths in tokens.
-    """
-    return -chosen_logps / chosen_lengths
 
 
 # 3. What one watches ----------------------------------------------------------------------------
@@ -218,11 +210,12 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     It grows linearly to `peak` over the first warmup_steps updates. Then it falls along half a
     cosine, from `peak` to final * peak at the last update. (Where the warm-up leaves no room for a
     cosine, the rate stays at `peak`.) A warm-up begins with peak / warmup_steps, not 0: an update
-    with a rate of 0 would be wasted. Below, the updates 0 and 1 warm up, to 1.0, and the updates 2
-    to 6 are the cosine, which begins with 1.0.
+    with a rate of 0 would be wasted. The warm-up ends with `peak`, and the cosine begins with it:
 
-    >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(7)]
-    [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
+    >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(2)]  # the warm-up
+    [0.5, 1.0]
+    >>> [round(cosine_lr(step, 1.0, 2, 7), 3) for step in range(2, 7)]  # the cosine
+    [1.0, 0.868, 0.55, 0.232, 0.1]
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -233,10 +226,6 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     done = (step - warmup_steps) / (last - warmup_steps)          # from 0 to 1
     height = (1 + math.cos(math.pi * done)) / 2                   # from 1 to 0
     return peak * (final + (1 - final) * height)
-
-
-# loss_function(model, batch) -> a dict of metrics, (B,) each, with "loss" among them
-LossFunction = Callable[[nn.Module, object], dict[str, Tensor]]
 
 
 def mean_over_pairs(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -252,6 +241,11 @@ def as_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
     """Tensors () as numbers. All are read at once: for each read, Python waits for the GPU."""
     values = torch.stack(list(metrics.values())).tolist()
     return dict(zip(metrics, values, strict=True))
+
+
+# loss_function(model, batch) -> the loss of each pair, (B,), and whatever else one watches, as
+# dpo_metrics returns it: a dict of tensors with the key "loss".
+LossFunction = Callable[[nn.Module, object], dict[str, Tensor]]
 
 
 def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Optimizer,
@@ -271,7 +265,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     micro_batches: the parts of one batch, small enough to go through the model one at a time.
     Each is any object with `indices` (B,), which tell here how many pairs it has. The gradients of
     the parts add up, so the update is that of one pass, but for rounding.
-    loss_function(model, batch): a dict of (B,) tensors, "loss" among them, as dpo_metrics returns.
+    loss_function: see LossFunction.
     max_norm: a longer gradient is shortened to this length.
     scaler: for float16 alone, whose small gradients would become 0; see torch.amp.GradScaler.
 
@@ -283,8 +277,8 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     parts = []
     for batch in micro_batches:
         metrics = loss_function(model, batch)
-        # Divided by the pairs of the whole update: a short micro-batch must not weigh like a full
-        # one.
+        # The mean over the pairs of the whole update. (The mean over those of the micro-batch would
+        # let a short one weigh like a full one.)
         loss = metrics["loss"].sum() / pair_count
         if scaler is not None:
             loss = scaler.scale(loss)                  # times a large number
@@ -297,14 +291,13 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     means = mean_over_pairs(parts)
-    means["grad_norm"] = grad_norm                     # so that all are read at once
-    result = as_floats(means)
-    # Not by scaler.step(optimizer), which would check the gradients, but not the loss.
+    means["grad_norm"] = grad_norm
+    result = as_floats(means)                          # the only wait for the GPU
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
-        optimizer.step()
+        optimizer.step()                   # scaler.step would look at the gradients, not the loss
     if scaler is not None:
-        scaler.update()                                # smaller, if unscale_ found an inf or nan
+        scaler.update()                    # its factor: smaller, if unscale_ found an inf or nan
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -333,10 +326,10 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
     anything; and a wrong order of the pairs, as far as this batch shows it. It can't catch what is
     wrong in both alike, such as a wrong mask.
 
-    "Equal" allows for rounding: the mean of |policy - reference| may be 4 * eps * the mean of
-    |reference|, with float32's eps, 1.2e-7. For logps near -150 that is 0.00007 nats. It leaves
-    room for sums that a GPU makes in a changing order, as some models have them. Faults make far
-    larger differences. (4 is our choice; 2 or 10 would do as well.)
+    "Equal" allows for rounding. eps, 1.2e-7, is the relative error of a number in float32. The mean
+    of |policy - reference| may be 4 eps times the mean of |reference|: for logps near -150, 0.00007
+    nats. That leaves room for sums that a GPU makes in a changing order, as some models have them.
+    Faults make far larger differences. (4 is our choice; 2 or 10 would do as well.)
     """
     difference = (policy - reference).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
@@ -392,6 +385,8 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
     def loss_function(model: nn.Module, batch: object) -> dict[str, Tensor]:
         return dpo_metrics(logps_of(model, batch), reference_of(batch), beta)
 
+    # The model was asked the same a moment ago. So this finds only a model whose answers vary, as
+    # one with dropout that eval() doesn't switch off; and pairs of several batches with one number.
     with torch.no_grad():
         check_start(logps_of(model, batches[0]), reference_of(batches[0]))
 
@@ -467,7 +462,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     >>> batch = data.pack(pairs, indices=[0, 1, 2])
 
     Row 0 holds pair 0. Row 1 holds pairs 1 and 2, and a 0 of padding. The last token of a response
-    is left out: nothing is predicted from it.
+    is left out, as nothing is predicted from it: 99, 99; 40, 42; 99, 51.
 
     >>> batch.tokens
     tensor([[10, 11, 20, 21, 30],
@@ -533,11 +528,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden = hidden.to(dtype)
-        # GPT-2's logits lie near -100, where bfloat16's steps are 0.5. So the head's rows are taken
-        # about their mean row m: then the logits lie near 0, where the steps are fine. The logit of
-        # a token, h . row, becomes h . row - h . m. As h . m is the same for all tokens, no softmax
-        # changes.
-        head = (head - head.mean(0)).to(dtype)
+        head = about_their_mean(head).to(dtype)
 
     # The log p of each target, (M,). TargetLogps is these three lines, with less memory:
     #
@@ -552,11 +543,34 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     # model asked twice would give two results, and at the start the rewards would not be 0.)
     response_count = len(batch.response_lengths)       # 2B
     responses = torch.arange(response_count, device=logps.device)
-    is_own = responses[:, None] == batch.owner         # (2B, M)
-    return torch.where(is_own, logps, 0.0).sum(1)      # (2B,)
+    is_own = responses[:, None] == batch.owner         # (2B, M): is m a token of response r?
+    own_logps = torch.where(is_own, logps, 0.0)        # (2B, M): 0 for those of others
+    return own_logps.sum(1)                            # (2B,)
 
 
-# 6. Variants of the loss ------------------------------------------------------------------------
+def about_their_mean(rows: Tensor) -> Tensor:
+    """rows (V, C), of GPT-2's head, without their mean row: for products in bfloat16.
+
+    The logit of a token is h . row. GPT-2's logits lie near -100, where bfloat16's steps are 0.5.
+    Without the mean row m they are h . row - h . m, and lie near 0, where the steps are fine. h . m
+    is the same for all tokens, so no probability changes.
+    """
+    return rows - rows.mean(0)
+
+
+# 6. Other losses --------------------------------------------------------------------------------
+
+
+def sft_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
+    """The loss of the stage before DPO, supervised fine-tuning (SFT): nats a token, (B,).
+
+    Each response counts the same, however long it is: a few long ones must not decide.
+
+    chosen_logps (B,): log pi(response | prompt) of the chosen responses. chosen_lengths (B,) int64:
+    their lengths in tokens.
+    """
+    return -chosen_logps / chosen_lengths
+
 
 VARIANTS = ("sigmoid", "robust", "ipo", "hinge", "sigmoid_norm")
 USES_SMOOTHING = ("sigmoid", "robust")                 # those that have a use for label_smoothing
@@ -572,13 +586,13 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
     refuses.
     """
     check_variant(variant, label_smoothing)
-    chosen_logratio, rejected_logratio = (policy - reference).chunk(2)                 # (B,) each
-    margin = beta * (chosen_logratio - rejected_logratio)         # the difference of the rewards
+    log_ratio = policy - reference                                # (2B,)
+    chosen, rejected = log_ratio.chunk(2)                         # (B,) each
+    margin = beta * (chosen - rejected)                           # the difference of the rewards
     right = -F.logsigmoid(margin)                                 # the loss if the label is right
     wrong = -F.logsigmoid(-margin)                                # and if it is wrong
-    chosen_lengths, rejected_lengths = response_lengths.chunk(2)
-    chosen_per_token = chosen_logratio / chosen_lengths           # nats a token
-    rejected_per_token = rejected_logratio / rejected_lengths
+    # The same with means over the tokens of a response, in nats a token.
+    chosen_mean, rejected_mean = (log_ratio / response_lengths).chunk(2)               # (B,) each
 
     if variant == "sigmoid":
         # Without label_smoothing this is dpo_loss, equation 7. With it, it is the conservative DPO
@@ -587,19 +601,15 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
         return (1 - label_smoothing) * right + label_smoothing * wrong
 
     if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share e = label_smoothing of the labels
-        # is wrong, the mean of this loss is what equation 7 would give with right labels: a wrong
-        # label swaps right and wrong, so in the mean over labels
-        #     (1 - e) * ((1 - e) * right - e * wrong) + e * ((1 - e) * wrong - e * right)
-        #         = ((1 - e)**2 - e**2) * right  =  (1 - 2 * e) * right
-        # which is then divided by 1 - 2 * e.
+        # Chowdhury et al. 2024 (arXiv:2403.00409): made so that, where a share label_smoothing of
+        # the labels is wrong, its mean is that of equation 7 with right labels.
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
     if variant == "ipo":
         # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the log-ratios has a
         # goal, 1 / (2 beta), in place of growing without end. The paper has sums over tokens. Like
         # trl, we take means, so the goal is in nats a token here.
-        return (chosen_per_token - rejected_per_token - 1 / (2 * beta)) ** 2
+        return (chosen_mean - rejected_mean - 1 / (2 * beta)) ** 2
 
     if variant == "hinge":
         # Liu et al. 2023 (arXiv:2309.06657): the hinge loss of SLiC on DPO's rewards.
@@ -608,7 +618,7 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
     assert variant == "sigmoid_norm", variant
     # Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in place of sums,
     # against the bias to long responses.
-    return -F.logsigmoid(beta * (chosen_per_token - rejected_per_token))
+    return -F.logsigmoid(beta * (chosen_mean - rejected_mean))
 
 
 def check_variant(variant: str, label_smoothing: float) -> None:
@@ -635,15 +645,15 @@ class TargetLogps(torch.autograd.Function):
 
     The derivative of log p(target) by the logits is known from cross-entropy: one_hot(target) -
     softmax. Call it error (V, M): a column for each prediction m. Let grad (M,) be the derivative
-    of the loss by each log p. As logits = head @ hidden.T, the derivatives of the loss are
+    of the loss by each log p; only the backward pass is told it. As logits = head @ hidden.T, the
+    derivatives of the loss are
 
-        by hidden[m]    grad[m] * (error[:, m] @ head)                           (C,)
-        by head         sum over m of  grad[m] * outer(error[:, m], hidden[m])   (V, C)
+        by hidden[m]    grad[m] * slope[m],  where slope[m] = error[:, m] @ head        (C,)
+        by head         the sum over m of  grad[m] * outer(error[:, m], hidden[m])      (V, C)
 
-    Only the backward pass knows grad. In the first it multiplies a row that can be made before: the
-    forward pass makes these rows, the slopes, while it has the softmax. In the second it stands
-    within the sum, so the backward pass must make the softmax once more; but only if the head
-    trains.
+    A slope is made without grad. So the forward pass makes it, while it has the error; the backward
+    pass only multiplies. In the second line grad stands within the sum. So that sum has to wait for
+    the backward pass, which makes the error once more; but only if the head trains.
 
     (torch.utils.checkpoint around the three lines would be simpler. Adapters, whose head doesn't
     train, would then pay for a third product: see "Speed" in results/README.md.)
@@ -653,7 +663,7 @@ class TargetLogps(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, piece: int) -> Tensor:
         hidden_trains, head_trains, _, _ = ctx.needs_input_grad
         logps = []
-        slopes = []                                    # error[:, m] @ head, for each m
+        slopes = []
         for h, target in zip(hidden.split(piece), targets.split(piece), strict=True):
             piece_logps, error = logps_and_error(h, head, target)
             logps.append(piece_logps)                                        # (piece,)
@@ -694,18 +704,18 @@ def logps_and_error(h: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Te
     """log p of the targets, (piece,); and its derivative by the logits, the error one_hot -
     softmax, (V, piece), in the number format of h.
 
-    h (piece, C), head (V, C), target (piece,). All is done in place: in float32 one array of
-    V x piece numbers is enough. It holds logits, then exp, then minus softmax, then the result.
+    h (piece, C), head (V, C), target (piece,). There is one large array, which each line changes in
+    place. To its right stands what it then holds.
     """
-    logits = at_least_float32(head @ h.T)                                    # (V, piece)
-    logits -= logits.amax(0)                           # so that no exp is too large
-    target_logits = logits.gather(0, target[None, :]).squeeze(0)             # (piece,), a copy
-    exp = logits.exp_()
-    z = exp.sum(0)                                                           # (piece,)
-    error = exp.div_(-z)                               # -softmax
+    array = at_least_float32(head @ h.T)               # (V, piece): logits
+    array -= array.amax(0)                             # logits up to 0, so that no exp is too large
+    target_logits = array.gather(0, target[None, :]).squeeze(0)              # (piece,), a copy
+    array.exp_()                                       # exp(logits)
+    z = array.sum(0)                                                         # (piece,)
+    array /= -z                                        # -softmax
     column = torch.arange(len(target), device=target.device)
-    error[target, column] += 1                         # a 1 in each column, at its target
-    return target_logits - z.log(), error.to(h.dtype)
+    array[target, column] += 1                         # one_hot - softmax
+    return target_logits - z.log(), array.to(h.dtype)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

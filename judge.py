@@ -106,7 +106,8 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     """
     def asks_again(ids: list[int]) -> bool:
         """Did the newest token complete "\\n\\nHuman:"? ids: of the answer, without the prompt."""
-        # Each token holds a character at least: the 8 of "\n\nHuman:" are in the last 8 tokens.
+        # These 8 characters are 8 bytes, and a token holds a byte at least: so they are all in the
+        # last 8 tokens.
         return data.HUMAN in encoding.decode(ids[-8:])
 
     # Prompt and answer must fit into the context together. An answer gets at most half of it, and
@@ -135,7 +136,8 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
 
 
 def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
-    """Up to `count` pairs of the run's test split, in a random order, no two with the same prompt.
+    """Up to `count` pairs that the run held out for its test, in a random order, no two with the
+    same prompt.
 
     The order doesn't depend on count: with a larger one, the first pairs stay the same.
     """
@@ -165,9 +167,8 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
     """The model's answers to the prompts: from the file, or sampled and added to the file.
 
     An answer in the file counts if it is of the same weights and was sampled with the same
-    settings. What is missing is sampled in blocks. The seed of a block is sampling.seed plus the
-    number of answers that the model has by then, so that its blocks draw other random numbers. So
-    what is sampled depends on what was kept before, too.
+    settings. The prompts are sampled in blocks. Each block has a seed of its own, so that no two
+    draw the same random numbers.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -177,16 +178,19 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
         if line["how"] == how:
             kept[line["prompt"]] = Answer(**line["answer"])
 
-    missing = [prompt for prompt in prompts if prompt not in kept]
-    if not missing:
+    blocks = []                # a seed, and prompts without an answer
+    for start in range(0, len(prompts), BLOCK):
+        block = prompts[start:start + BLOCK]
+        missing = [prompt for prompt in block if prompt not in kept]
+        if missing:
+            blocks.append((sampling.seed + start, missing))
+    if not blocks:
         return [kept[prompt] for prompt in prompts]
+
     gpt2 = load(weights)
-    starts = range(0, len(missing), BLOCK)
-    for start in data.track(starts, f"answers of {name}", len(starts), "blocks"):
-        block = missing[start:start + BLOCK]
-        block_sampling = sampling._replace(seed=sampling.seed + len(kept))
-        answers = sample(gpt2, encoding, block, max_prompt_tokens, block_sampling)
-        for prompt, answer in zip(block, answers, strict=True):
+    for seed, missing in data.track(blocks, f"answers of {name}", len(blocks), "blocks"):
+        answers = sample(gpt2, encoding, missing, max_prompt_tokens, sampling._replace(seed=seed))
+        for prompt, answer in zip(missing, answers, strict=True):
             kept[prompt] = answer
             append_jsonl(path, {"how": how, "model": name, "prompt": prompt,
                                 "answer": answer._asdict()})
@@ -303,9 +307,8 @@ class Verdict(NamedTuple):
 
     score: 1 if the first answer is better, 0 if the second is, 1/2 for a draw. None if a letter
     is missing: the judge's answer can't be read, or the server refused the question.
-    letters: what the judge said when the first answer stood as A, and then when it stood as B. So
-    ("A", "B") names the first answer both times. () if no judge was asked: for equal answers, and
-    where a person decides.
+    letters: what the judge said when the first answer stood as A, and then when it stood as B. ()
+    if no judge was asked: for equal answers, and where a person decides.
     """
     score: float | None
     letters: tuple[str | None, ...]
@@ -323,16 +326,16 @@ def compare(judge: JudgeFunction, prompt: str, answer: str, other: str) -> Verdi
     """
     if answer == other:
         return Verdict(0.5, ())                        # nothing to ask
-    first = judge(prompt, answer, other)
-    second = judge(prompt, other, answer)
-    letters = (first, second)
-    if None in letters:
-        return Verdict(None, letters)
-    if letters == ("A", "B"):                          # both times `answer`
-        return Verdict(1.0, letters)
-    if letters == ("B", "A"):                          # both times `other`
-        return Verdict(0.0, letters)
-    return Verdict(0.5, letters)                       # the order decides
+    first = judge(prompt, answer, other)               # A is answer, B is other
+    second = judge(prompt, other, answer)              # A is other, B is answer
+    if first is None or second is None:
+        return Verdict(None, (first, second))
+    votes = 0                                          # for answer
+    if first == "A":
+        votes += 1
+    if second == "B":
+        votes += 1
+    return Verdict(votes / 2, (first, second))
 
 
 def compare_blindly(prompt: str, answer: str, other: str, seed: int) -> float | None:
@@ -391,12 +394,11 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
         "unreadable": unreadable,
         "letter A": None,
     }
-    # Say 3 pairs of answers are equal, of which no judge is asked, and the judge can't be read on
-    # the other 97. The 3 draws would give a rate of 0.5, as if it had judged. (A person gives no
-    # letters, but no unreadable verdict either.)
-    judged = [verdict for verdict in verdicts if verdict.letters and verdict.score is not None]
-    could_never_be_read = unreadable > 0 and len(judged) == 0
-    if scores and not could_never_be_read:
+    # A judge that could never be read has no rate. Equal answers, on which it was not asked, are
+    # draws: they alone would give it a rate of 0.5.
+    asked = [verdict for verdict in verdicts if verdict.letters]
+    never_read = len(asked) > 0 and len(asked) == unreadable
+    if scores and not never_read:
         rate = statistics.fmean(scores)
         summary["rate"] = rate
         summary["low"], summary["high"] = dpo.wilson_interval(rate, len(scores))
@@ -683,8 +685,8 @@ MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")    # of Llam
 def without_marks(text: str) -> str:
     """The text without the marks of Llama 2's chat template, and without white space at its ends.
 
-    A reply that holds the marks could pretend that the question is over. Each becomes a space:
-    without the space, "[IN<s>ST]" would become "[INST]".
+    A reply that holds the marks could pretend that the question is over. Each becomes a space. (If
+    they were cut out without one, what is left of "[IN<s>ST]" would be a mark again.)
     """
     for mark in MARKS:
         text = re.sub(re.escape(mark), " ", text, flags=re.IGNORECASE)
@@ -802,9 +804,6 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     estimates it, if the answers are sampled from p_tuned itself: at temperature 1 and top_p 1. From
     a single answer there is no interval. Compare KLs only at the same limit to the length of
     answers: long answers have more room to differ.
-
-    beta * (log p_tuned - log p_sft) is the implicit reward of dpo.dpo_loss. So beta * KL is the
-    mean implicit reward of what the tuned model writes.
     """
     logps = {}
     for name in ("tuned", "sft"):
@@ -995,8 +994,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="Without --ask and --blind, a judge behind --url compares: Llama 2 by default.",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("out", nargs="?", default="out", help="the folder of a run of train.py")
-    # args.ask is None without --ask, ["a", "b"] for --ask a --ask b, and [""] for --ask without a
-    # text: see `run`.
+    # args.ask becomes a list of what the --asks say: "" (const) for one without a text. Without any
+    # --ask it is None.
     parser.add_argument("--ask", metavar="QUESTION", nargs="?", const="", action="append",
                         help="show the models' answers to it; if no --ask has a text, questions "
                              "are read from the terminal")

@@ -113,19 +113,20 @@ class Block(nn.Module):
 
 
 def initialize(module: nn.Module, n_layer: int) -> None:
-    """The random start of `transformers`: normal with deviation 0.02, biases 0. LayerNorms begin
-    with weights of 1 in any case.
+    """The random start of `transformers`: normal with deviation 0.02, biases 0. LayerNorms stay as
+    PyTorch makes them, with weights of 1 and biases of 0.
 
     Each layer adds the outputs of two c_proj to x. Their weights start smaller, divided by the
     square root of 2 * n_layer, so that the size of x does not grow with the number of layers.
     """
-    for name, parameter in module.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif name.endswith("c_proj.weight"):
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
-        elif name.endswith(("c_fc.weight", "c_attn.weight", "wte.weight", "wpe.weight")):
-            nn.init.normal_(parameter, std=0.02)
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            std = 0.02
+            if name.endswith("c_proj"):
+                std = 0.02 / math.sqrt(2 * n_layer)
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)
 
 
 class GPT2(nn.Module):
@@ -242,10 +243,11 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        up_to_here = ordered.cumsum(-1)                # of a token and all likelier ones
-        likelier = up_to_here - ordered                # of the likelier ones alone
-        keep = likelier < top_p
+        # With the numbers of an example: top_p 0.7, probabilities 0.2 0.5 0.3.
+        ordered, order = probabilities.sort(descending=True)           # 0.5 0.3 0.2
+        up_to_here = ordered.cumsum(-1)                # 0.5 0.8 1.0: of a token and likelier ones
+        likelier = up_to_here - ordered                # 0.0 0.5 0.8: of the likelier ones alone
+        keep = likelier < top_p                        # the first two: 0.5 alone is not 0.7 yet
         keep[:, 0] = True                              # the likeliest, whatever top_p is
         ordered = ordered.masked_fill(~keep, 0.0)
         # Back to the order of the vocabulary.
@@ -352,6 +354,7 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
     """
     q, k, v = attn.heads(attn.c_attn(x))                           # (R, H, T, D) each
     row = torch.arange(len(positions), device=x.device)[:, None]   # (R, 1)
+    # At [r, positions[r, t]], for each row r and each of its tokens t.
     keys[row, positions] = k.transpose(1, 2).to(keys.dtype)        # (R, T, H, D)
     values[row, positions] = v.transpose(1, 2).to(values.dtype)
 
@@ -464,8 +467,7 @@ def merge_adapters(model: GPT2) -> GPT2:
     """A new, plain GPT-2 that computes what `model` does, but for rounding. It shares all weights
     but those of MLPs with adapters.
 
-    An MLP adds up what its neurons write. So an MLP with an adapter beside it is one MLP, with the
-    neurons of both.
+    An MLP with an adapter beside it is one MLP, with the neurons of both: see merged_mlp.
     """
     state = {}
     for name, weight in model.state_dict().items():
@@ -487,7 +489,10 @@ def merge_adapters(model: GPT2) -> GPT2:
 
 @torch.no_grad()
 def merged_mlp(mlp: MLP, adapter: MLP) -> MLP:
-    """One MLP with the neurons of both, the MLP's own first."""
+    """One MLP with the neurons of both, the MLP's own first.
+
+    gelu acts on each neuron by itself, and c_proj adds up what all of them write.
+    """
     weight = mlp.c_fc.weight
     n_embd = len(mlp.c_proj.bias)
     n_inner = len(mlp.c_fc.bias) + len(adapter.c_fc.bias)
@@ -613,8 +618,8 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 raise ValueError(f"{name:.99} has the shape {shape} at bytes {start} to {stop}, "
                                  f"expected it to begin at {end} and to fit")
             tensor = torch.empty(shape, dtype=dtype)
-            its_bytes = tensor.view(-1).view(torch.uint8).numpy()      # the same memory
-            file.readinto(its_bytes)
+            its_bytes = tensor.view(-1).view(torch.uint8).numpy()      # not a copy: its memory
+            file.readinto(its_bytes)                                   # so this fills the tensor
             yield name, tensor
             end = stop
     if end != data_size:
@@ -701,7 +706,8 @@ def safetensors_bytes(model: GPT2) -> Iterator:
         tensors.append(tensor)
 
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                    # aligned, for readers that map the file
+    while len(text) % 8 != 0:                          # aligned, for readers that map the file
+        text += b" "
     yield len(text).to_bytes(8, "little")
     yield text
     for tensor in tensors:

@@ -193,7 +193,7 @@ def train(config: Config) -> int:
     def dpo_loss_function(model: GPT2, batch: data.PackedBatch) -> dict[str, Tensor]:
         logps = logps_of(model, batch)
         metrics = dpo.dpo_metrics(logps, batch.reference_logps, config.beta)
-        # metrics["loss"] is equation 7. It stays, unless the options ask for something else.
+        # By default that is all: metrics["loss"] is equation 7. Now what other options ask for.
         if config.loss != "sigmoid" or config.label_smoothing > 0:
             metrics["loss"] = dpo.variant_loss(
                 logps, batch.reference_logps, batch.response_lengths, config.beta, config.loss,
@@ -210,9 +210,9 @@ def train(config: Config) -> int:
     if config.adapter == "replace":
         add_adapters(model, "replace", config.adapter_width, config.adapter_init)
     sft_splits = splits
-    if config.demo:                                    # SFT shall not teach which one is chosen
+    if config.demo:            # as many rejected answers as chosen ones: the choice is left to DPO
         sft_splits = half_swapped(splits)
-    sft_is_done = run.saved.get("stage") == "dpo"      # a run that goes on in DPO, see section 5
+    sft_is_done = run.saved.get("stage") == "dpo"      # the run goes on in DPO
     if not sft_is_done:
         fit(config, machine, run, "sft", model, sft_loss_function, sft_splits,
             peak_lr=config.sft_lr, epochs=config.sft_epochs, sides=("chosen",))
@@ -220,18 +220,20 @@ def train(config: Config) -> int:
     model = GPT2.from_pretrained(run.folder / "sft").to(machine.device)      # the best weights
 
     # The reference is this model. It is asked once about every pair. What it said goes into each
-    # batch, as batch.reference_logps. A run that is resumed in DPO has kept it, in last.pt.
-    reference_tables = run.saved.get("reference_tables", {})
-    if not reference_tables:
+    # batch, as batch.reference_logps. A run that goes on in DPO has kept it, in last.pt.
+    reference_tables = {}
+    if sft_is_done:
+        reference_tables = run.saved["reference_tables"]
+    else:
         for name, pairs in splits.items():
             batches = eval_batches(pairs, config, machine)
             batch_count = math.ceil(len(pairs) / config.micro_pairs)
             tracked = data.track(batches, f"reference of {name}", batch_count, "batches")
             reference_tables[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))
 
-    # From here on the model is the policy. It begins as its reference, in a resumed run, too: only
-    # fit loads the trained weights. Check it, with the first batch that the reference had, which
-    # has the shortest pairs: eval_batches gives the same batches at each call.
+    # From here on the model is the policy. At this point it still is its reference. (So it is in a
+    # run that goes on: fit, below, loads the trained weights.) Check it on the very batch that the
+    # reference had first: eval_batches gives the same batches at each call.
     if config.adapter != "replace":
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference_tables["train"]))
@@ -281,6 +283,22 @@ def epochs_for(pairs: int, batch_pairs: int) -> int:
 
 
 # 3. The loop ------------------------------------------------------------------------------------
+#
+# With 12 updates (u) and validations (V) after every fourth, a stage is V uuuu V uuuu V uuuu V. The
+# best weights may be those of the first V, before any update.
+#
+# How a run that was killed goes on, with --resume:
+#
+# - After each validation, and every config.save_every updates, save_last has written last.pt: the
+#   weights that train, the optimizer, float16's scaler, the State, what the reference said, and how
+#   long the log was.
+# - open_run reads it, and cuts off what the log says of later updates.
+# - train goes straight to DPO, with the weights in sft/, if the last save was made in DPO.
+# - fit puts all of it back. data.batches goes on with update number state.step, as the pairs of an
+#   update follow from the seed and its number alone.
+#
+# So the updates after the last save are made once more; on a CPU with the same numbers, to the bit.
+# Without a last.pt the run begins anew.
 
 MAX_SKIPPED = 20               # so many skipped updates in a row end a run
 NOTHING_KEPT = "no validation had a finite loss, so no weights were kept"
@@ -290,6 +308,7 @@ NOTHING_KEPT = "no validation had a finite loss, so no weights were kept"
 class State:
     """Where a loop is. save_last has what else a resumed run needs."""
     step: int = 0              # updates so far, skipped ones too
+    validated_step: int = -1   # of the last validation
     best_loss: float = math.inf
     best_step: int = 0
     worse_in_a_row: int = 0    # validations since the best one
@@ -309,7 +328,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     stage: "sft" or "dpo". The best weights go to the folder sft or best. Training ends after
     `epochs` epochs, or when config.patience validations in a row have brought no lower loss.
     If run.saved is of this stage, the loop goes on from there, as if it had not been stopped: on a
-    CPU bit for bit. Section 5 tells how.
+    CPU bit for bit.
 
     reference_tables: of each split, what dpo.reference_logps returned. Raises FloatingPointError
     when MAX_SKIPPED updates in a row had no finite loss and gradient, and at the end if no
@@ -325,16 +344,19 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)   # its lr is set below
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    scaler = None
+    if machine.dtype == torch.float16:
+        scaler = torch.amp.GradScaler(machine.device.type)
     state = State()
-    resumed = run.saved.get("stage") == stage
-    if resumed:
+    if run.saved.get("stage") == stage:                # go on
         # strict=False: only what trains was saved. The frozen weights are there already.
         model.load_state_dict(run.saved["model"], strict=False)
         optimizer.load_state_dict(run.saved["optimizer"])
-        scaler.load_state_dict(run.saved["scaler"])
+        if scaler is not None:
+            scaler.load_state_dict(run.saved["scaler"])
         state = State(**run.saved["state"])
 
+    # An iterator over updates: of each, the list of its micro-batches.
     updates = data.batches(splits["train"], config.batch_pairs, config.micro_pairs, config.seed,
                            start=state.step, reference_table=reference_tables.get("train"),
                            sides=sides)
@@ -342,28 +364,29 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     started = time.perf_counter()
     speeds = []                                        # tokens a second, since the last log line
 
-    def validate_and_save() -> None:
-        """Validate, keep the weights if they are the best so far, and save the state. (A run that
-        is killed between the two saves comes to this validation once more.)"""
-        val_batches = eval_batches(splits["val"], config, machine, reference_tables.get("val"),
-                                   sides)
-        metrics = dpo.val_step(model, val_batches, loss_function)
-        if metrics["loss"] < state.best_loss:          # at first it is infinite
-            state.best_loss = metrics["loss"]
-            state.best_step = state.step
-            state.worse_in_a_row = 0
-            save_pretrained(model, best_folder)
-        else:
-            state.worse_in_a_row += 1
-        metrics |= {"best": state.best_loss, "best_step": state.best_step}
-        log(run, "val", stage, state.step, total_steps, metrics)
-        save_last(run, stage, model, optimizer, scaler, reference_tables, state)
+    while True:
+        # Validate; keep the weights if they are the best so far. A run that goes on from here is
+        # not validated again.
+        val_is_due = state.step % val_every == 0 or state.step == total_steps
+        if val_is_due and state.validated_step != state.step:
+            val_batches = eval_batches(splits["val"], config, machine, reference_tables.get("val"),
+                                       sides)
+            metrics = dpo.val_step(model, val_batches, loss_function)
+            if metrics["loss"] < state.best_loss:      # at first it is infinite
+                state.best_loss = metrics["loss"]
+                state.best_step = state.step
+                state.worse_in_a_row = 0
+                save_pretrained(model, best_folder)
+            else:
+                state.worse_in_a_row += 1
+            state.validated_step = state.step
+            metrics |= {"best": state.best_loss, "best_step": state.best_step}
+            log(run, "val", stage, state.step, total_steps, metrics)
+            save_last(run, stage, model, optimizer, scaler, reference_tables, state)
 
-    # With 12 updates and val_every 4, V for a validation and u for an update, a stage is
-    # V uuuu V uuuu V uuuu V. The best weights may be those of the first V, before any update.
-    if not resumed:
-        validate_and_save()
-    while state.step < total_steps and state.worse_in_a_row < config.patience:
+        if state.step == total_steps or state.worse_in_a_row == config.patience:
+            break
+
         # One update.
         micro_batches = [batch.to(machine.device) for batch in next(updates)]
         lr = dpo.cosine_lr(state.step, peak_lr, warmup_steps, total_steps)
@@ -406,11 +429,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
             state.window = []
             speeds = []
 
-        # A save never comes before a validation that is due. So a run that goes on from its last
-        # save has nothing to make up for, and begins with the next update, if there is one.
-        if state.step % val_every == 0 or state.step == total_steps:
-            validate_and_save()
-        elif state.step % config.save_every == 0:
+        if state.step % config.save_every == 0:
             save_last(run, stage, model, optimizer, scaler, reference_tables, state)
 
     if math.isinf(state.best_loss):
@@ -559,19 +578,6 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 # 5. The run's folder ----------------------------------------------------------------------------
-#
-# How a run that was killed goes on, with --resume:
-#
-# - After each validation, and every config.save_every updates, save_last has written last.pt: the
-#   weights that train, the optimizer, float16's scaler, the State, what the reference said, and how
-#   long the log was.
-# - open_run reads it, and cuts off what the log says of later updates.
-# - train goes straight to DPO, with the weights in sft/, if the last save was made in DPO.
-# - fit puts all of it back. data.batches goes on with update number state.step, as the pairs of an
-#   update follow from the seed and its number alone.
-#
-# So the updates after the last save are made once more; on a CPU with the same numbers, to the bit.
-# Without a last.pt the run begins anew.
 
 RUN_FORMAT = 5                     # of a run's folder, in case a later edition changes it
 
@@ -655,7 +661,7 @@ def read_run(folder: str | Path) -> dict:
 
 
 def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimizer,
-              scaler: torch.amp.GradScaler, reference_tables: dict[str, Tensor],
+              scaler: torch.amp.GradScaler | None, reference_tables: dict[str, Tensor],
               state: State) -> None:
     """Write last.pt, which gets its name only when it is whole.
 
@@ -670,7 +676,8 @@ def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimize
     # plain write raises OSError, and main then says what to do.
     buffer = io.BytesIO()
     torch.save({"stage": stage, "state": asdict(state), "model": trained,
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
                 "reference_tables": reference_tables, "metrics_bytes": run.metrics.tell()}, buffer)
     write_whole(run.folder / "last.pt", [buffer.getbuffer()])
 

@@ -550,11 +550,15 @@ def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...
     assert found == expected
     assert batch.response_lengths.tolist() == response_lengths
 
-    # Ids begin at 1000. Each token stands once; the rest is padding, which sees itself alone.
+    # Ids begin at 1000. Each token stands once; the rest is padding. It sees itself, and of all
+    # others padding alone.
     real = batch.tokens > 0
     assert real.sum() == read + sum(len(pair.prompt) for pair in own_pairs)
     assert batch.tokens[real].unique().numel() == real.sum()
-    assert torch.equal(batch.sees[~real], torch.eye(width, dtype=bool).expand(rows, -1, -1)[~real])
+    for row, column in (~real).nonzero().tolist():
+        seen = batch.sees[row, column]
+        assert seen[column]
+        assert not (seen & real[row]).any()
 
     assert batch.sees.dtype == torch.bool
     assert batch.reference_logps.dtype == torch.float32

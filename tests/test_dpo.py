@@ -447,9 +447,9 @@ def test_neither_padding_nor_batch_mates_nor_order_matter(model, order):
 def test_other_padding_changes_nothing(model):
     """Whatever token stands there, at whatever position: the same bits, and gradients too."""
     batch = data.pack(PAIRS, NUMBERS)
-    padding = batch.sees.sum(-1) == 1                  # it sees itself alone, as does ...
-    padding &= batch.tokens == 0                       # ... the first token of a prompt
-    assert padding.sum() > 1
+    padding = (batch.tokens == 0) & (batch.positions == 0)
+    read = sum(len(pair.prompt) + len(pair.chosen) - 1 + len(pair.rejected) - 1 for pair in PAIRS)
+    assert padding.sum() == batch.tokens.numel() - read > 1
     other = batch._replace(tokens=batch.tokens.masked_fill(padding, 7),
                            positions=batch.positions.masked_fill(padding, 3))
     logps = dpo.packed_logps(model, batch)

@@ -395,13 +395,14 @@ def assert_same_end(folder: Path, other: Path) -> None:
 
 
 def test_a_killed_run_goes_on_from_any_save(tmp_path, saves):
-    """From each step: in the middle of a window, after a validation, and between.
+    """From each step: in the middle of a window, before and after a validation, and between.
 
     A kill may come at any time before the next save. So what the process wrote after the save is
     there: more lines, of which none may come twice, half a line, and later best weights.
     """
     fit(tmp_path / "run", (4, 9), save_every=1)
-    assert [save.step for save in saves] == list(range(13))    # at 0, 4, 8, 12 after a validation
+    # One after each validation, at 0, 4, 8, 12, and one after each update: before the validation.
+    assert [save.step for save in saves] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]
 
     for save in list(saves):
         whole = (tmp_path / "run" / "metrics.jsonl").read_bytes()

@@ -171,20 +171,21 @@ def test_the_defaults_are_those_of_the_program():
         ["`--beta`", str(adapters.beta)],
         ["`--lr`, the peak learning rate of DPO", rates.replace("e-0", "e-")],
         ["`--batch_pairs`, pairs in an update", str(adapters.batch_pairs)],
-        ["`--sft_epochs`, passes over the pairs in SFT", str(adapters.sft_epochs)],
+        ["`--sft_epochs`, passes over the pairs in SFT, whose loss is minus the chosen answer's "
+         "log-probability, averaged over its tokens, then over pairs", str(adapters.sft_epochs)],
         ["`--epochs`, passes in DPO",
-         f"250 divided by the updates of a pass, rounded; at least {fewest}, at most {most} "
+         f"as many as make about 250 updates; at least {fewest}, at most {most} "
          f"({train.epochs_for(1000, 32)} for 1,000 training pairs, {fewest} for hh-rlhf)"],
         ["`--adapter`, what DPO trains",
-         f"`{adapters.adapter}`: the adapters (llama.cpp can't load the result: its MLPs are wider "
-         f"than GPT-2's); `none`: all weights"],
+         f"`{adapters.adapter}`: the adapters; `none`: all weights"],
         ["`--warmup_share`, the share of the updates during which the rate grows",
          str(adapters.warmup_share)],
         ["`--vals`, validations of a stage (SFT, then DPO), evenly spaced; there is one more "
          "before its first update",
          f"{adapters.vals} at most"],
         ["`--patience`: a stage ends early after so many validations in a row without a new lowest "
-         "loss. The weights with the lowest are kept; they may be those before the first update",
+         "validation loss. The weights with the lowest one are kept; they may be those before the "
+         "first update",
          str(adapters.patience)],
         ["`--resume`", "goes on with a run that was stopped or killed"],
         ["all others", "`python train.py --help` explains them"],
@@ -198,13 +199,15 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
     odds = before / (100 - before) * math.exp(data.DEMO_REWARD)
     optimum = odds / (1 + odds)
     odds = before / (100 - before)
-    text = (f"So step 2 multiplies each prompt's odds by e^4: if all prompts had the same odds, "
-            f"from {before} / {100 - before:.1f} = {odds:.3f} to {odds * math.exp(4):.1f}, "
-            f"which is {optimum:.1%}.")
+    text = (f"So step 2 multiplies each prompt's odds by e^4 = {math.exp(data.DEMO_REWARD):.1f}: "
+            f"if all prompts had the same odds, from {before} / {100 - before:.1f} = {odds:.3f} "
+            f"to {odds * math.exp(4):.1f}, which is {optimum:.1%}.")
     assert text in " ".join(README.split())
     after, count = re.search(r"after  DPO +(\S+)% of (\d+)", README).groups()
-    assert f"The demo's {after}% of {count} answers agrees." in " ".join(README.split())
     low, high = dpo.wilson_interval(float(after) / 100, int(count))
+    text = (f"The demo's {after}% of {count} answers agrees (95% interval {low:.1%} to "
+            f"{high:.1%}).")
+    assert text in " ".join(README.split())
     assert low < optimum < high
 
 
