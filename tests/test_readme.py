@@ -204,7 +204,8 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
             f"to {odds * math.exp(4):.1f}, which is {optimum:.1%}.")
     assert text in " ".join(README.split())
     after, count = re.search(r"after  DPO +(\S+)% of (\d+)", README).groups()
-    low, high = dpo.wilson_interval(float(after) / 100, int(count))
+    obeying = round(float(after) / 100 * int(count))
+    low, high = dpo.wilson_interval(obeying / int(count), int(count))
     text = (f"The demo's {after}% of {count} answers agrees (95% interval {low:.1%} to "
             f"{high:.1%}).")
     assert text in " ".join(README.split())

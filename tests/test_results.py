@@ -9,6 +9,7 @@ from pathlib import Path
 import bugs
 import frontier
 import polite
+import probe
 import pytest
 import torch
 
@@ -139,6 +140,42 @@ def test_the_tables_in_results_are_those_of_runs_csv():
     page = (Path(bugs.ROOT) / "results" / "README.md").read_text()
     for part in results.tables().split("\n\n"):
         assert part in page
+
+
+def test_the_table_of_linear_models_in_results_is_that_of_probe_csv():
+    page = (Path(bugs.ROOT) / "results" / "README.md").read_text()
+    assert probe.table() in page
+    lines = results.read_csv(probe.CSV)
+    assert {(line["row"], line["fold"]) for line in lines} == {
+        (row, str(fold)) for row in probe.ROWS for fold in range(results.FOLDS)}
+    assert f"commit {lines[0]['commit']}" in page
+    # What the best row's interval is on the 261 pairs of the test files.
+    error = float(probe.table().split(probe.WORDS_BY_KIND)[1].split("+- ")[1].split(" ")[0])
+    count = sum(len(line["margins"].split()) for line in lines if line["row"] == probe.HIDDEN)
+    assert f"± {error * math.sqrt(count / 261):.3f} for the best row" in " ".join(page.split())
+
+
+def test_a_linear_model_of_one_feature():
+    """Three pairs say 1, one says -1. So sigmoid(w) is 3 / 4, and w is log 3. With weight decay
+    c the derivative is -3/4 sigmoid(-w) + 1/4 sigmoid(w) + c w = 0, and w is smaller."""
+    features = torch.tensor([[1.0], [1.0], [1.0], [-1.0]]).double()
+    assert probe.fit(features, 0.0).item() == pytest.approx(math.log(3), abs=1e-5)
+    w = probe.fit(features, 0.1).item()
+    assert 0 < w < math.log(3)
+    slope = -3 / 4 / (1 + math.exp(w)) + 1 / 4 / (1 + math.exp(-w)) + 0.1 * w
+    assert slope == pytest.approx(0, abs=1e-6)
+
+
+def test_the_words_of_the_test_are_not_counted():
+    """The last pair is not trained on: "rare" stands in enough answers only with it."""
+    answers = [("Good rare rare", "bad"), ("good rare", "Bad bad"), ("good", "bad")]
+    pairs = [data.Pair("?", chosen, rejected) for chosen, rejected in [*answers, ("rare", "good")]]
+    features = probe.word_features(pairs, [True, True, True, False])
+    # Two words, each in 3 of 6 answers: "bad" and "good". Rejected answers hold only "bad".
+    assert features.tolist() == [[-1.0, 1.0]] * 3 + [[0.0, -1.0]]
+    assert probe.word_features(pairs, [True] * 4).shape == (4, 3)
+    logs = [[math.log(4 / 2)], [math.log(3 / 3)], [math.log(2 / 2)], [math.log(2 / 2)]]
+    torch.testing.assert_close(probe.length_features(pairs), torch.tensor(logs).double())
 
 
 def test_the_main_table_has_the_folds_that_have_every_row():
