@@ -418,7 +418,7 @@ def arrange(lengths: list[int]) -> tuple[int, int, list[tuple[int, int]]]:
     """
     longest = max(lengths)
     widest = longest + longest // 4
-    between = max(1, longest // 32)                    # so nine or ten widths are tried
+    between = max(1, longest // 32)                    # so 16 widths are tried at most
     best = None
     fewest_places = math.inf
     for width in range(longest, widest + 1, between):
@@ -593,9 +593,9 @@ def lock(file: BinaryIO, wait: bool = True) -> bool:
 #
 # How the Hugging Face hub answers. For a large file it redirects (302) to a store on another host,
 # by a signed address that expires after a while. The redirect itself tells the file's size and its
-# sha256 (X-Linked-Size, X-Linked-Etag); the store tells neither. A store sends the rest of a file
-# where it is asked for a Range (206), says that nothing is missing (416), or ignores the Range and
-# sends the whole file (200). Who asks too often is told to wait (429).
+# sha256 (X-Linked-Size, X-Linked-Etag); the store doesn't tell the sha256. It sends the rest of a
+# file where it is asked for a Range (206), says that nothing is missing (416), or ignores the Range
+# and sends the whole file (200). Who asks too often is told to wait (429).
 #
 # Nothing here is about DPO. `fetch_model` and `fetch_hh` are all that one calls.
 #
@@ -801,8 +801,8 @@ def check_status(url: str, answer: requests.Response) -> None:
 def promised(answer: requests.Response) -> tuple[int, str]:
     """Size and sha256 of the whole file, as far as they were told: else 0 and "".
 
-    The store's headers may tell the size. For large files the hub's redirect tells both, and it is
-    the redirect that counts; but see the head of this section.
+    The size may stand in Content-Range or Content-Length. For large files the hub's redirect tells
+    both, and is believed rather than they.
     """
     size = 0
     sha256 = ""

@@ -11,12 +11,13 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 6. other losses        of supervised fine-tuning; and those that were proposed after DPO's
 7. less memory         for the logits of section 5: their derivatives by hand
 
+Sections 1 to 4 are DPO, whole. Whoever wants to understand it, or to write it, may stop there.
+
 The letters in the shapes: B pairs, R rows (2B where each response has its own), T tokens of a
 row, V tokens of the vocabulary.
 
-This file needs torch alone, so it can be copied. A batch may be any object that has `indices` (B,):
-the numbers of its pairs in the data set. (train_dpo also reads `tokens` and `mask`.) Only
-packed_logps needs the packed batches of data.py, and the GPT2 of model.py.
+This file needs torch alone, so it can be copied; packed_logps, in section 5, is for the batches of
+data.py and the GPT2 of model.py.
 """
 
 import math
@@ -128,8 +129,8 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
         def logps_of(model, batch):
             return sequence_logps(model, batch.tokens, batch.mask)
 
-    batches: of the pairs of the data set; batch.indices (B,) int64 are the pairs' numbers in it, 0
-    to pair_count - 1. A pair that is in no batch gets nan, and so does a loss with it.
+    batches: objects of any kind with `indices` (B,) int64: the numbers of their pairs in the data
+    set, from 0 to pair_count - 1. A pair that is in no batch gets nan, and so does a loss with it.
     """
     table = torch.full((2, pair_count), math.nan)
     for batch in batches:
@@ -148,8 +149,8 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
     """The DPO loss, and what tells whether training goes well: a dict of (B,) tensors.
 
     policy, reference (2B,): log-probabilities of the responses in nats, chosen first. The names of
-    the metrics, but for the last, are trl's, so that runs can be compared. (But in the accuracy a
-    tie counts 1/2, in trl 0. At the start all are ties.) Only "loss" carries a gradient.
+    the metrics, but for the last, are trl's, so that runs can be compared. Only "loss" carries a
+    gradient.
     """
     policy_chosen, policy_rejected = policy.chunk(2)                 # (B,) each
     reference_chosen, reference_rejected = reference.chunk(2)        # (B,) each
@@ -164,7 +165,7 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,
         "rewards/margins": margin,
-        "rewards/accuracies": wins + ties / 2,
+        "rewards/accuracies": wins + ties / 2,                       # in trl a tie counts 0
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
         # The loss sees only the margin, so it can fall although both rewards fall. So count the
@@ -178,8 +179,8 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
 
     Wilson 1927 (JASA 22, p. 209). DPO does without it, but whoever reports an accuracy should not.
     The usual mean +- 1.96 standard errors has no width where all samples agree; this interval still
-    has some, as two of two is no proof. The formula is in any textbook, and on Wikipedia under
-    "Binomial proportion confidence interval".
+    has some, as two of two is no proof. Wikipedia derives the formula, under "Binomial proportion
+    confidence interval".
 
     A sample may also be a score between 0 and 1, such as 1/2 for a tie. Such scores vary less than
     zeros and ones with the same mean, so the interval is then wider than it need be. Raises
@@ -294,10 +295,12 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     means["grad_norm"] = grad_norm
     result = as_floats(means)                          # the only wait for the GPU
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
+    # Often scaler.step(optimizer) stands here. It skips the step where unscale_ found a gradient that
+    # is inf or nan. But it knows nothing of the loss, so we decide ourselves.
     if finite:
-        optimizer.step()                   # scaler.step would look at the gradients, not the loss
+        optimizer.step()
     if scaler is not None:
-        scaler.update()                    # its factor: smaller, if unscale_ found an inf or nan
+        scaler.update()                                # a smaller factor, if unscale_ found one
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -385,8 +388,8 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
     def loss_function(model: nn.Module, batch: object) -> dict[str, Tensor]:
         return dpo_metrics(logps_of(model, batch), reference_of(batch), beta)
 
-    # The model was asked the same a moment ago. So this finds only a model whose answers vary, as
-    # one with dropout that eval() doesn't switch off; and pairs of several batches with one number.
+    # The model was asked the same a moment ago. So what this finds, above all, is a model whose
+    # answers vary, as with dropout that eval() doesn't switch off.
     with torch.no_grad():
         check_start(logps_of(model, batches[0]), reference_of(batches[0]))
 
@@ -528,7 +531,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden = hidden.to(dtype)
-        head = about_their_mean(head).to(dtype)
+        head = about_their_mean(head).to(dtype)        # the same probabilities, rounded less
 
     # The log p of each target, (M,). TargetLogps is these three lines, with less memory:
     #
@@ -541,7 +544,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
 
     # Each response's sum over its own tokens. (Not by index_add: a GPU adds there in any order. A
     # model asked twice would give two results, and at the start the rewards would not be 0.)
-    response_count = len(batch.response_lengths)       # 2B
+    response_count = len(batch.response_lengths)       # 2B (B for SFT)
     responses = torch.arange(response_count, device=logps.device)
     is_own = responses[:, None] == batch.owner         # (2B, M): is m a token of response r?
     own_logps = torch.where(is_own, logps, 0.0)        # (2B, M): 0 for those of others
@@ -601,8 +604,9 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
         return (1 - label_smoothing) * right + label_smoothing * wrong
 
     if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409): made so that, where a share label_smoothing of
-        # the labels is wrong, its mean is that of equation 7 with right labels.
+        # Chowdhury et al. 2024 (arXiv:2403.00409): where a share label_smoothing of the labels is
+        # wrong, this has the mean that equation 7 would have with right labels. (test_variants.py
+        # takes the mean.)
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
     if variant == "ipo":
@@ -651,7 +655,7 @@ class TargetLogps(torch.autograd.Function):
         by hidden[m]    grad[m] * slope[m],  where slope[m] = error[:, m] @ head        (C,)
         by head         the sum over m of  grad[m] * outer(error[:, m], hidden[m])      (V, C)
 
-    A slope is made without grad. So the forward pass makes it, while it has the error; the backward
+    A slope needs no grad[m]. So the forward pass makes it, while it has the error, and the backward
     pass only multiplies. In the second line grad stands within the sum. So that sum has to wait for
     the backward pass, which makes the error once more; but only if the head trains.
 

@@ -136,8 +136,8 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
 
 
 def drawn_pairs(options: dict, count: int, seed: int) -> list[data.Pair]:
-    """Up to `count` pairs that the run held out for its test, in a random order, no two with the
-    same prompt.
+    """Up to `count` pairs of the run's test files, or of the part that it held out, in a random
+    order, no two with the same prompt.
 
     The order doesn't depend on count: with a larger one, the first pairs stay the same.
     """

@@ -63,7 +63,7 @@ class Config:
     subsets: str = option(",".join(data.SUBSETS), "the subsets of hh-rlhf, separated by commas")
     pairs: str = option("", "a JSONL file of your own pairs, to use in place of hh-rlhf")
     out: str = option("out", "the folder that the run writes")
-    resume: bool = option(False, "go on where the run in the folder stopped, if there is one")
+    resume: bool = option(False, "go on from the last save of the run in the folder, if any")
     demo: bool = option(False, "train a tiny model on made-up pairs; nothing is downloaded")
 
     # Numbers, and the lengths of texts
