@@ -153,10 +153,10 @@ def parse_line(line: bytes) -> Pair | str:
 def as_dialogue(prompt: str) -> str:
     r"""A prompt in hh-rlhf's form, whether its turns were marked or not.
 
-    >>> as_dialogue("Say Assistant:")
-    '\n\nHuman: Say Assistant:\n\nAssistant:'
-    >>> as_dialogue("\n\nHuman: Say Assistant:\n\nAssistant:")
-    '\n\nHuman: Say Assistant:\n\nAssistant:'
+    >>> as_dialogue("Name a color.")
+    '\n\nHuman: Name a color.\n\nAssistant:'
+    >>> as_dialogue("\n\nHuman: Name a color.\n\nAssistant:")
+    '\n\nHuman: Name a color.\n\nAssistant:'
     """
     prompt = prompt.strip()
     if prompt.endswith("\nAssistant:"):            # the mark, on a line of its own
@@ -417,11 +417,10 @@ def arrange(lengths: list[int]) -> tuple[int, int, list[tuple[int, int]]]:
     with the square of their length.
     """
     longest = max(lengths)
-    widest = longest + longest // 4
-    between = max(1, longest // 32)                    # so 16 widths are tried at most
     best = None
     fewest_places = math.inf
-    for width in range(longest, widest + 1, between):
+    for extra in range(9):
+        width = longest + longest * extra // 32        # at last a quarter above it
         row_count, starts = first_fit(lengths, width)
         if row_count * width < fewest_places:
             fewest_places = row_count * width

@@ -96,8 +96,8 @@ def load(path: Path) -> model.GPT2:
     return gpt2.requires_grad_(False).to(device)
 
 
-def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
-           max_prompt_tokens: int, sampling: Sampling) -> list[Answer]:
+def sample_answers(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
+                   max_prompt_tokens: int, sampling: Sampling) -> list[Answer]:
     """An answer to each prompt. All prompts go through the model at once.
 
     prompts: in hh-rlhf's form, "\\n\\nHuman: ...\\n\\nAssistant:". One that is too long loses its
@@ -105,17 +105,17 @@ def sample(gpt2: model.GPT2, encoding: tiktoken.Encoding, prompts: list[str],
     the limit. The text of an answer is without end-of-text and without "\\n\\nHuman:".
     """
     def asks_again(ids: list[int]) -> bool:
-        """Did the newest token complete "\\n\\nHuman:"? ids: of the answer, without the prompt."""
-        # These 8 characters are 8 bytes, and a token holds a byte at least: so they are all in the
-        # last 8 tokens.
-        return data.HUMAN in encoding.decode(ids[-8:])
+        """Is there a "\\n\\nHuman:" in the answer? ids: of the answer, without the prompt."""
+        return data.HUMAN in encoding.decode(ids)
 
-    # Prompt and answer must fit into the context together. An answer gets at most half of it, and
-    # [-prompt_limit:] keeps the end of a prompt.
+    # Prompt and answer must fit into the context together. An answer gets at most half of it.
     context = gpt2.config.n_positions
     max_tokens = min(sampling.max_tokens, context // 2)
     prompt_limit = min(max_prompt_tokens, context - max_tokens)
-    prompts_ids = [encoding.encode_ordinary(prompt)[-prompt_limit:] for prompt in prompts]
+    prompts_ids = []
+    for prompt in prompts:
+        ids = encoding.encode_ordinary(prompt)
+        prompts_ids.append(ids[-prompt_limit:])        # the end of it
     answers_ids = model.generate(
         gpt2, prompts_ids, max_tokens, sampling.temperature, sampling.top_p,
         end_token=encoding.eot_token, stop=asks_again, seed=sampling.seed)
@@ -189,7 +189,8 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
 
     gpt2 = load(weights)
     for seed, missing in data.track(blocks, f"answers of {name}", len(blocks), "blocks"):
-        answers = sample(gpt2, encoding, missing, max_prompt_tokens, sampling._replace(seed=seed))
+        answers = sample_answers(gpt2, encoding, missing, max_prompt_tokens,
+                                 sampling._replace(seed=seed))
         for prompt, answer in zip(missing, answers, strict=True):
             kept[prompt] = answer
             append_jsonl(path, {"how": how, "model": name, "prompt": prompt,
@@ -246,7 +247,8 @@ def ask(paths: dict[str, Path], encoding: tiktoken.Encoding, questions: list[str
         answers[name] = []
         # One by one, each from the same seed: so an answer doesn't depend on the other questions.
         for prompt in prompts:
-            answers[name] += sample(gpt2, encoding, [prompt], max_prompt_tokens, sampling)
+            answers[name] += sample_answers(gpt2, encoding, [prompt], max_prompt_tokens,
+                                            sampling)
         del gpt2                                       # before the next one is loaded
 
     for number, question in enumerate(questions):
@@ -394,16 +396,16 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
         "unreadable": unreadable,
         "letter A": None,
     }
-    # A judge that could never be read has no rate. Equal answers, on which it was not asked, are
-    # draws: they alone would give it a rate of 0.5.
-    asked = [verdict for verdict in verdicts if verdict.letters]
-    never_read = len(asked) > 0 and len(asked) == unreadable
-    if scores and not never_read:
+    if letters:
+        summary["letter A"] = letters.count("A") / len(letters)
+    if unreadable > 0 and not letters:
+        # A judge that could never be read has no rate. If there are scores, they are the draws of
+        # equal answers, about which it was not asked.
+        return summary
+    if scores:
         rate = statistics.fmean(scores)
         summary["rate"] = rate
         summary["low"], summary["high"] = dpo.wilson_interval(rate, len(scores))
-    if letters:
-        summary["letter A"] = letters.count("A") / len(letters)
     return summary
 
 
@@ -685,8 +687,8 @@ MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")    # of Llam
 def without_marks(text: str) -> str:
     """The text without the marks of Llama 2's chat template, and without white space at its ends.
 
-    A reply that holds the marks could pretend that the question is over. Each becomes a space. (If
-    they were cut out without one, what is left of "[IN<s>ST]" would be a mark again.)
+    A reply that holds the marks could pretend that the question is over. Each becomes a space, so
+    that what stands around it can't join to a new mark.
     """
     for mark in MARKS:
         text = re.sub(re.escape(mark), " ", text, flags=re.IGNORECASE)
@@ -742,7 +744,6 @@ def doubts(agreement: dict, rates: list[dict]) -> list[str]:
     letter_a = [rate["letter A"] for rate in rates if rate["letter A"] is not None]
 
     found = []
-    # With 100 prompts, the interval lies above 0.5 where the rate is 0.60 or more.
     if agreement["rate"] is None or agreement["low"] <= 0.5:
         found.append("the judge's agreement with people is not better than a coin's, as far as the "
                      "interval of chosen against rejected tells")

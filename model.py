@@ -169,8 +169,8 @@ class GPT2(nn.Module):
     def packed_hidden(self, tokens: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
         """forward without the head, for rows that hold several texts each: (R, T) -> (R, T, C).
 
-        positions (R, T) int64: of each token in its text. sees (R, T, T) bool: which tokens each
-        token sees. dpo.packed_logps shows such rows.
+        positions (R, T) int64: of each token in its text, below the context's length. sees (R, T,
+        T) bool: which tokens each token sees. dpo.packed_logps shows such rows.
         """
         x = self.wte(tokens) + self.wpe(positions)                    # (R, T, C)
         for block in self.h:
@@ -561,7 +561,8 @@ def read_config(path: Path) -> GPT2Config:
 
     for field in fields(GPT2Config):
         value = shape[field.name]
-        if type(value) is not field.type:              # isinstance would take True for an int
+        # field.type is the annotation: int or float. (isinstance would take True for an int.)
+        if type(value) is not field.type:
             raise ValueError(f"{field.name} is {value!r}, expected {field.type.__name__}")
         if not 0 < value < 2**31:
             raise ValueError(f"{field.name} is {value}, expected a number above 0 and below "

@@ -205,8 +205,7 @@ def train(config: Config) -> int:
             metrics["loss"] = metrics["loss"] + config.sft_coef * sft_loss
         return metrics
 
-    # SFT: all weights learn to write like the chosen answers. With 0 epochs the model is only
-    # validated, and saved.
+    # SFT: all weights learn to write like the chosen answers.
     if config.adapter == "replace":
         add_adapters(model, "replace", config.adapter_width, config.adapter_init)
     sft_splits = splits
@@ -231,9 +230,8 @@ def train(config: Config) -> int:
             tracked = data.track(batches, f"reference of {name}", batch_count, "batches")
             reference_tables[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))
 
-    # From here on the model is the policy. At this point it still is its reference. (So it is in a
-    # run that goes on: fit, below, loads the trained weights.) Check it on the very batch that the
-    # reference had first: eval_batches gives the same batches at each call.
+    # From here on the model is the policy. Until the next fit it still is its reference. Check that
+    # on the very batch that the reference had first: eval_batches gives the same ones at each call.
     if config.adapter != "replace":
         add_adapters(model, config.adapter, config.adapter_width)
     first = next(eval_batches(splits["train"], config, machine, reference_tables["train"]))
@@ -296,6 +294,8 @@ def epochs_for(pairs: int, batch_pairs: int) -> int:
 # - train goes straight to DPO, with the weights in sft/, if the last save was made in DPO.
 # - fit puts all of it back. data.batches goes on with update number state.step, as the pairs of an
 #   update follow from the seed and its number alone.
+# - If the kill came after the end of SFT and before the first save of DPO, fit finds that no update
+#   of SFT is left to make, and train goes on from there.
 #
 # So the updates after the last save are made once more; on a CPU with the same numbers, to the bit.
 # Without a last.pt the run begins anew.
@@ -308,7 +308,7 @@ NOTHING_KEPT = "no validation had a finite loss, so no weights were kept"
 class State:
     """Where a loop is. save_last has what else a resumed run needs."""
     step: int = 0              # updates so far, skipped ones too
-    validated_step: int = -1   # of the last validation
+    validated_step: int = -1   # of the last validation: a run that goes on doesn't repeat it
     best_loss: float = math.inf
     best_step: int = 0
     worse_in_a_row: int = 0    # validations since the best one
@@ -365,8 +365,7 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
     speeds = []                                        # tokens a second, since the last log line
 
     while True:
-        # Validate; keep the weights if they are the best so far. A run that goes on from here is
-        # not validated again.
+        # Validate, and keep the weights if they are the best so far.
         val_is_due = state.step % val_every == 0 or state.step == total_steps
         if val_is_due and state.validated_step != state.step:
             val_batches = eval_batches(splits["val"], config, machine, reference_tables.get("val"),

@@ -714,14 +714,14 @@ def test_answers_are_sampled_alike_and_end_at_end_of_text_or_the_next_question(m
     gpt2 = SimpleNamespace(config=GPT2Config(n_positions=40))
     prompts = ["\n\nHuman: Is it so?\n\nAssistant:", "\n\nHuman: a b c d e f g h i j\n\nAssistant:",
                "\n\nHuman: ?\n\nAssistant:"]
-    answers = judge.sample(gpt2, encoding, prompts, 8, judge.Sampling(0.7, 0.9, 12, seed=5))
+    answers = judge.sample_answers(gpt2, encoding, prompts, 8, judge.Sampling(0.7, 0.9, 12, seed=5))
     assert [(answer.text, answer.end) for answer in answers] == [
         ("Yes.", "end-of-text"), ("No.", "next question"), ("Well", "limit")]
     for ids, prompt in zip(seen["prompts"], prompts, strict=True):
         assert ids == encoding.encode(prompt)[-8:]     # the end of a prompt that is too long
     assert [seen[name] for name in ("max_tokens", "temperature", "top_p", "seed")] == [
         12, 0.7, 0.9, 5]
-    judge.sample(gpt2, encoding, prompts, 50, judge.Sampling(1.0, 1.0, 99, seed=0))
+    judge.sample_answers(gpt2, encoding, prompts, 50, judge.Sampling(1.0, 1.0, 99, seed=0))
     assert seen["max_tokens"] == 20                    # half of the context
 
 
