@@ -351,22 +351,22 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
     predicts = {side: [] for side in sides}            # the places that predict each response
     for number, (pair, (row, start)) in enumerate(zip(pairs, starts, strict=True)):
         prompt_length = len(pair.prompt)
-        end = start + prompt_length
-        last_of_prompt = end - 1
-        tokens[row, start:end] = pair.prompt
-        positions[row, start:end] = np.arange(prompt_length)
-        pair_at[row, start:end] = number
+        stop = start + prompt_length
+        last_of_prompt = stop - 1
+        tokens[row, start:stop] = pair.prompt
+        positions[row, start:stop] = np.arange(prompt_length)
+        pair_at[row, start:stop] = number
         for part, side in enumerate(sides, start=1):
             response = getattr(pair, side)
-            read = slice(end, end + len(response) - 1)             # without its last token
-            tokens[row, read] = response[:-1]
-            positions[row, read] = prompt_length + np.arange(len(response) - 1)
-            pair_at[row, read] = number
-            part_at[row, read] = part
-            end = read.stop
+            start = stop                                           # behind what is there already
+            stop = start + len(response) - 1                       # without its last token
+            tokens[row, start:stop] = response[:-1]
+            positions[row, start:stop] = prompt_length + np.arange(len(response) - 1)
+            pair_at[row, start:stop] = number
+            part_at[row, start:stop] = part
             # The prompt's last token predicts the response's first one. Each token of the response
             # predicts the next.
-            columns = np.array([last_of_prompt, *range(read.start, read.stop)])
+            columns = np.array([last_of_prompt, *range(start, stop)])
             responses[side].append(response)
             predicts[side].append(row * width + columns)           # as places
 
@@ -596,7 +596,8 @@ def lock(file: BinaryIO, wait: bool = True) -> bool:
 # file where it is asked for a Range (206), says that nothing is missing (416), or ignores the Range
 # and sends the whole file (200). Who asks too often is told to wait (429).
 #
-# Nothing here is about DPO. `fetch_model` and `fetch_hh` are all that one calls.
+# Nothing here is about DPO. `fetch_model` and `fetch_hh` are what one calls. (judge.py also waits
+# by `seconds_to_wait`.)
 #
 # The revisions of gpt2 and of hh-rlhf are pinned, so that results do not change under a reader. So
 # are the hashes of some files. Of the others, the hash that the hub tells is checked, if it tells

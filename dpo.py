@@ -268,12 +268,15 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     the parts add up, so the update is that of one pass, but for rounding.
     loss_function: see LossFunction.
     max_norm: a longer gradient is shortened to this length.
-    scaler: for float16 alone, whose small gradients would become 0; see torch.amp.GradScaler.
+    scaler: for float16 alone, whose small gradients would become 0: it multiplies the loss by a
+    large factor, and divides the gradients by it. One that is not enabled does nothing.
 
     Returns the mean of every metric over all pairs, "grad_norm" before the gradient was shortened,
     and "skipped", 0 or 1. A loss or gradient that is not finite makes no update: weights and
     optimizer stay as they were, and "skipped" is 1.
     """
+    if scaler is None:
+        scaler = torch.amp.GradScaler(enabled=False)
     pair_count = sum(len(batch.indices) for batch in micro_batches)
     parts = []
     for batch in micro_batches:
@@ -281,26 +284,20 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
         # The mean over the pairs of the whole update. (The mean over those of the micro-batch would
         # let a short one weigh like a full one.)
         loss = metrics["loss"].sum() / pair_count
-        if scaler is not None:
-            loss = scaler.scale(loss)                  # times a large number
-        loss.backward()                                # adds to the gradients that are there
+        scaler.scale(loss).backward()                  # adds to the gradients that are there
         # Detached: the numbers are kept, the graph that led to them is freed.
         parts.append({name: value.detach() for name, value in metrics.items()})
 
-    if scaler is not None:
-        scaler.unscale_(optimizer)                     # gradients back to their true size
+    scaler.unscale_(optimizer)                         # gradients back to their true size
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     means = mean_over_pairs(parts)
     means["grad_norm"] = grad_norm
     result = as_floats(means)                          # the only wait for the GPU
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
-    # Often scaler.step(optimizer) stands here. It skips the step where unscale_ found inf or nan in
-    # the gradients. But it knows nothing of the loss, so we decide ourselves.
     if finite:
         optimizer.step()
-    if scaler is not None:
-        scaler.update()                                # a smaller factor, if unscale_ found one
+    scaler.update()                    # the next factor: smaller if unscale_ has met inf or nan
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -330,7 +327,7 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
     wrong in both alike, such as a wrong mask.
 
     "Equal" allows for rounding: the mean of |policy - reference| may be 4 eps times the mean of
-    |reference|, where eps is the relative error of a number in float32. (4 is our choice.) That
+    |reference|, where eps is float32's, the gap from 1 to the next number. (4 is our choice.) That
     leaves room for sums that a GPU makes in a changing order, as some models have them. Faults make
     far larger differences.
     """
@@ -604,9 +601,9 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
         return (1 - label_smoothing) * right + label_smoothing * wrong
 
     if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409): where a share label_smoothing of the labels is
-        # wrong, this has the mean that equation 7 would have with right labels. (test_variants.py
-        # takes the mean.)
+        # Chowdhury et al. 2024 (arXiv:2403.00409). A wrong label exchanges right and wrong. Where a
+        # share label_smoothing of the labels is wrong, the mean of this loss is that of equation 7
+        # with right labels: in the mean, the two terms with wrong cancel.
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
     if variant == "ipo":

@@ -167,8 +167,8 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
     """The model's answers to the prompts: from the file, or sampled and added to the file.
 
     An answer in the file counts if it is of the same weights and was sampled with the same
-    settings. The prompts are sampled in blocks. Each block has a seed of its own, so that no two
-    draw the same random numbers.
+    settings. The prompts are sampled in blocks, each with a seed of its own: with the same one, all
+    blocks would draw the same random numbers.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -398,9 +398,8 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     }
     if letters:
         summary["letter A"] = letters.count("A") / len(letters)
-    if unreadable > 0 and not letters:
-        # A judge that could never be read has no rate. If there are scores, they are the draws of
-        # equal answers, about which it was not asked.
+    judge_could_never_be_read = unreadable > 0 and not letters
+    if judge_could_never_be_read:      # what scores there are, are draws: of equal answers, unasked
         return summary
     if scores:
         rate = statistics.fmean(scores)
@@ -603,7 +602,7 @@ class Judge:
             failures += 1
             if failures == TRIES:
                 return response
-            # What the server's header Retry-After says; else 2, 4, 8, ... seconds.
+            # What the server says in Retry-After or RateLimit; else 2, 4, 8, ... seconds.
             wait = data.seconds_to_wait(response, failures)
             print(f"{self.url}: busy ({response.status_code}); again in {wait:.0f} s", flush=True)
             time.sleep(wait)
@@ -622,17 +621,16 @@ class Judge:
                           f"{self.error_text(response)}: see whether --url is right") from None
         if choice.get("finish_reason") == "length":
             letter = None                              # cut off: the judge was not done
-        # A word is nearly always one token or more. So if the server has read fewer tokens than the
-        # question has words, it has cut the question, as some do where the context is too short.
-        # Small cuts don't show.
-        count_is_known = prompt_tokens > 0
+        # Where its context is too short, a server may cut a question silently. A word is nearly
+        # always one token or more: so fewer tokens than words mean a cut. (Small cuts don't show.)
+        words = len(question.split())
         return {
             "judge": self.name,
             "model": body.get("model") or self.name,   # as the server calls it
             "question": question,
             "text": text,
             "letter": letter,
-            "question_cut": count_is_known and prompt_tokens < len(question.split()),
+            "question_cut": 0 < prompt_tokens < words,
         }
 
     def fault(self, response: requests.Response) -> OSError:
@@ -995,8 +993,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="Without --ask and --blind, a judge behind --url compares: Llama 2 by default.",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("out", nargs="?", default="out", help="the folder of a run of train.py")
-    # args.ask becomes a list of what the --asks say: "" (const) for one without a text. Without any
-    # --ask it is None.
+    # args.ask becomes  None          without --ask
+    #                   ["a", "b"]    for --ask a --ask b
+    #                   [""]          for --ask alone
     parser.add_argument("--ask", metavar="QUESTION", nargs="?", const="", action="append",
                         help="show the models' answers to it; if no --ask has a text, questions "
                              "are read from the terminal")
@@ -1006,8 +1005,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="whose answers --blind sets beside the tuned model's")
     parser.add_argument("--prompts", type=int, default=100, help="test prompts to compare on")
     parser.add_argument("--seed", type=int, default=0,
-                        help="decides the prompts, the order in --blind, and, with the answers "
-                             "that are kept already, what is sampled")
+                        help="decides the prompts, the order in --blind, and what is sampled")
     parser.add_argument("--temperature", type=float, default=1.0,
                         help="1: sample from the models' own probabilities; below 1: likely tokens "
                              "even more often; 0: the likeliest token each time")

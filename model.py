@@ -216,7 +216,7 @@ def generate_one(model: GPT2, prompt: list[int], max_tokens: int, temperature: f
     """An answer to one prompt: up to max_tokens ids, with end_token as the last if it comes.
 
     This is the plain form: for each new token the model reads the whole row once more. With a
-    single prompt `generate` gives the same answer (but for rounding), and faster.
+    single prompt `generate` computes the same, but for rounding, and faster.
     temperature, top_p: see sample.
     """
     device = model.wte.weight.device
@@ -506,8 +506,8 @@ def merged_mlp(mlp: MLP, adapter: MLP) -> MLP:
 
 # 4. Files ---------------------------------------------------------------------------------------
 #
-# Nothing here is about DPO. One calls `GPT2.from_pretrained` and `save_pretrained`; train.py also
-# writes its own files by `write_whole`.
+# Nothing here is about DPO. One calls `GPT2.from_pretrained` and `save_pretrained`. (train.py and
+# judge.py also use `write_whole`, judge.py `find_weights`.)
 
 # GPT-2's files hold these four matrices as (in, out), nn.Linear holds them as (out, in). They are
 # transposed on the way in and on the way out. The attention's c_proj is square: if its transpose

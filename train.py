@@ -294,8 +294,8 @@ def epochs_for(pairs: int, batch_pairs: int) -> int:
 # - train goes straight to DPO, with the weights in sft/, if the last save was made in DPO.
 # - fit puts all of it back. data.batches goes on with update number state.step, as the pairs of an
 #   update follow from the seed and its number alone.
-# - If the kill came after the end of SFT and before the first save of DPO, fit finds that no update
-#   of SFT is left to make, and train goes on from there.
+# - If the kill came after the end of SFT and before the first save of DPO, fit finds that SFT has
+#   ended, and train goes on from there.
 #
 # So the updates after the last save are made once more; on a CPU with the same numbers, to the bit.
 # Without a last.pt the run begins anew.
@@ -344,16 +344,13 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)   # its lr is set below
-    scaler = None
-    if machine.dtype == torch.float16:
-        scaler = torch.amp.GradScaler(machine.device.type)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     state = State()
     if run.saved.get("stage") == stage:                # go on
         # strict=False: only what trains was saved. The frozen weights are there already.
         model.load_state_dict(run.saved["model"], strict=False)
         optimizer.load_state_dict(run.saved["optimizer"])
-        if scaler is not None:
-            scaler.load_state_dict(run.saved["scaler"])
+        scaler.load_state_dict(run.saved["scaler"])
         state = State(**run.saved["state"])
 
     # An iterator over updates: of each, the list of its micro-batches.
@@ -660,7 +657,7 @@ def read_run(folder: str | Path) -> dict:
 
 
 def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimizer,
-              scaler: torch.amp.GradScaler | None, reference_tables: dict[str, Tensor],
+              scaler: torch.amp.GradScaler, reference_tables: dict[str, Tensor],
               state: State) -> None:
     """Write last.pt, which gets its name only when it is whole.
 
@@ -676,7 +673,7 @@ def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimize
     buffer = io.BytesIO()
     torch.save({"stage": stage, "state": asdict(state), "model": trained,
                 "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else None,
+                "scaler": scaler.state_dict(),
                 "reference_tables": reference_tables, "metrics_bytes": run.metrics.tell()}, buffer)
     write_whole(run.folder / "last.pt", [buffer.getbuffer()])
 

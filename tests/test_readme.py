@@ -77,14 +77,15 @@ def test_the_pair_by_hand_is_what_dpo_loss_computes():
         policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.5)
     loss.sum().backward()
     assert [chosen_reward.item(), rejected_reward.item()] == pytest.approx(rewards)
-    margin, found_loss, weight = re.search(
+    margin, found_loss = re.search(
         r"The margin, chosen minus rejected, is 0\.25 \+ 0\.50 = (\S+), and\s+the"
-        r"\s+loss\s+is\s+-log\s+sigmoid\(0\.75\)"
-        r"\s+=\s+(\S+)\.\s.*?=\s(0\.\d+)\s+each", README, re.S).groups()
+        r"\s+loss\s+is\s+-log\s+sigmoid\(0\.75\)\s+=\s+(\S+)\.\s", README).groups()
     assert float(margin) == rewards[0] - rewards[1]
     assert float(found_loss) == pytest.approx(loss.item(), abs=5e-4)
-    assert float(weight) == pytest.approx(-policy_chosen.grad.item(), abs=5e-4)
-    assert float(weight) == pytest.approx(policy_rejected.grad.item(), abs=5e-4)
+    slopes = [float(slope) for slope in re.findall(r"^    d loss / .* (\S+)$", README, re.M)]
+    chosen_slope = policy_chosen.grad.item()
+    assert slopes == pytest.approx(
+        [chosen_slope / 0.5, chosen_slope, policy_rejected.grad.item()], abs=5e-4)
 
 
 def test_the_symbols_are_names_of_dpo_loss():
@@ -180,9 +181,8 @@ def test_the_defaults_are_those_of_the_program():
          f"`{adapters.adapter}`: the adapters; `none`: all weights"],
         ["`--warmup_share`, the share of the updates during which the rate grows",
          str(adapters.warmup_share)],
-        ["`--vals`, validations of a stage (SFT, then DPO), evenly spaced; there is one more "
-         "before its first update",
-         f"{adapters.vals} at most"],
+        ["`--vals`, validations during a stage (SFT, then DPO), evenly spaced; one more stands "
+         "before its first update", f"{adapters.vals}, or fewer in a short stage"],
         ["`--patience`: a stage ends early after so many validations in a row without a new lowest "
          "validation loss. The weights with the lowest one are kept; they may be those before the "
          "first update",
@@ -233,8 +233,9 @@ def block_from(line: str) -> str:
     return textwrap.dedent("\n".join(lines)).strip()
 
 
-def test_the_lines_of_one_update_are_train_step():
-    """One batch of three pairs: equal weights after them and after train_step."""
+@pytest.mark.parametrize("step", [3, 11])
+def test_the_lines_of_one_update_are_train_step(step):
+    """One batch of three pairs: equal weights after them and after train_step. Warm-up, cosine."""
     torch.manual_seed(0)
     model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=30))
     other = copy.deepcopy(model)
@@ -246,12 +247,13 @@ def test_the_lines_of_one_update_are_train_step():
     def loss_function(model, batch):
         logps = dpo.sequence_logps(model, batch.tokens, batch.mask)
         return dpo.dpo_metrics(logps, table[:, batch.indices].flatten(), beta=0.7)
-    dpo.train_step(other, [batch], torch.optim.AdamW(other.parameters(), lr=0.1), loss_function)
+    lr = dpo.cosine_lr(step, peak=0.2, warmup_steps=8, total_steps=20)
+    dpo.train_step(other, [batch], torch.optim.AdamW(other.parameters(), lr=lr), loss_function)
 
-    exec(block_from("# The rate grows to its peak"), {
+    exec(block_from("if step < warmup_steps:"), {
         "model": model, "batch": batch, "reference_table": table, "beta": 0.7, "max_norm": 1.0,
-        "optimizer": torch.optim.AdamW(model.parameters()), "nn": torch.nn, "step": 3, "peak": 0.2,
-        "warmup_steps": 8, "total_steps": 20, "cosine_lr": dpo.cosine_lr,
+        "optimizer": torch.optim.AdamW(model.parameters()), "nn": torch.nn, "math": math,
+        "step": step, "peak": 0.2, "warmup_steps": 8, "total_steps": 20,
         "sequence_logps": dpo.sequence_logps, "dpo_loss": dpo.dpo_loss})
     for weight, expected in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(weight, expected)
