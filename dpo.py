@@ -4,12 +4,13 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 
 1. the loss            dpo_loss is equation 7
 2. what goes into it   log-probabilities of responses, by the policy and by the reference
-3. what one watches    rewards, margins, accuracy, and an interval for it
+3. what one watches    rewards, margins, accuracy
 4. training            the learning rate, one update, one validation, the check before the start;
                        train_dpo joins them, all but the validation, for a model of your own
 5. faster              the same log-probabilities without the arithmetic that padded rows waste
 6. other losses        of supervised fine-tuning; and those that were proposed after DPO's
 7. less memory         for the logits of section 5: their derivatives by hand
+8. an interval         for an accuracy, or any other share
 
 Sections 1 to 4 are DPO, whole. Whoever wants to understand it, or to write it, may stop there.
 
@@ -172,33 +173,6 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
         # chosen responses that are less likely than under the reference: 1 for each, else 0.
         "chosen_below_reference": (chosen_reward < 0).to(margin.dtype),
     }
-
-
-def wilson_interval(mean: float, count: int) -> tuple[float, float]:
-    """The 95% interval of a share: what it may be, given that `count` samples had this mean.
-
-    Wilson 1927 (JASA 22, p. 209). DPO does without it, but whoever reports an accuracy should not.
-    The usual mean +- 1.96 standard errors has no width where all samples agree; this interval still
-    has some, as two of two is no proof. Wikipedia derives the formula, under "Binomial proportion
-    confidence interval".
-
-    A sample may also be a score between 0 and 1, such as 1/2 for a tie. Such scores vary less than
-    zeros and ones with the same mean, so the interval is then wider than it need be. Raises
-    ValueError unless count is above 0 and mean lies in [0, 1].
-
-    >>> low, high = wilson_interval(1.0, 2)  # two of two
-    >>> f"{low:.2f} to {high:.2f}"
-    '0.34 to 1.00'
-    """
-    if count < 1 or not 0 <= mean <= 1:
-        raise ValueError(f"a mean of {mean} over {count} samples: expected a mean from 0 to 1, "
-                         f"over at least one sample")
-    z = 1.959964                                       # 95% of a normal distribution lie within z
-    scale = 1 + z**2 / count
-    center = (mean + z**2 / (2 * count)) / scale
-    half_width = z * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2)) / scale
-    # Only rounding can push an end out of [0, 1].
-    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 # 4. Training ------------------------------------------------------------------------------------
@@ -601,9 +575,11 @@ def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, be
         return (1 - label_smoothing) * right + label_smoothing * wrong
 
     if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409). A wrong label exchanges right and wrong. Where a
-        # share label_smoothing of the labels is wrong, the mean of this loss is that of equation 7
-        # with right labels: in the mean, the two terms with wrong cancel.
+        # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share e = label_smoothing of the labels
+        # is wrong, the mean of this loss is what equation 7 would give with right labels. For a
+        # wrong label exchanges right and wrong, and in the mean over labels wrong cancels:
+        #     (1 - e) * ((1 - e) * right - e * wrong) + e * ((1 - e) * wrong - e * right)
+        #         = (1 - 2 * e) * right
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
     if variant == "ipo":
@@ -725,3 +701,36 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)                             # without memory for the product
     else:
         total += a @ b
+
+
+# 8. An interval for shares ----------------------------------------------------------------------
+
+
+def wilson_interval(mean: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a share: what it may be, given that `count` samples had this mean.
+
+    Wilson 1927 (JASA 22, p. 209). DPO does without it, but whoever reports an accuracy should not.
+    The usual mean +- 1.96 standard errors has no width where all samples agree; this interval still
+    has some, as two of two is no proof.
+
+    A sample may also be a score between 0 and 1, such as 1/2 for a tie. Such scores vary less than
+    zeros and ones with the same mean, so the interval is then wider than it need be. Raises
+    ValueError unless count is above 0 and mean lies in [0, 1].
+
+    >>> low, high = wilson_interval(1.0, 2)  # two of two
+    >>> f"{low:.2f} to {high:.2f}"
+    '0.34 to 1.00'
+    """
+    if count < 1 or not 0 <= mean <= 1:
+        raise ValueError(f"a mean of {mean} over {count} samples: expected a mean from 0 to 1, "
+                         f"over at least one sample")
+    z = 1.959964                                       # 95% of a normal distribution lie within z
+    # A share p is in the interval if the mean lies within z standard errors of it:
+    #     (mean - p)**2 <= z**2 * p * (1 - p) / count
+    # Its ends are the two p that make this an equation, a * p**2 - b * p + mean**2 = 0, with
+    a = 1 + z**2 / count
+    b = 2 * mean + z**2 / count
+    root = math.sqrt(max(0.0, b**2 - 4 * a * mean**2))  # rounding may make it negative
+    low = (b - root) / (2 * a)
+    high = (b + root) / (2 * a)
+    return max(0.0, low), min(1.0, high)               # and push these out of [0, 1]

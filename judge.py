@@ -167,8 +167,8 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
     """The model's answers to the prompts: from the file, or sampled and added to the file.
 
     An answer in the file counts if it is of the same weights and was sampled with the same
-    settings. The prompts are sampled in blocks, each with a seed of its own: with the same one, all
-    blocks would draw the same random numbers.
+    settings. The others are sampled in blocks. The seed of a block follows from the number of its
+    first prompt: with one seed for all, all blocks would draw the same random numbers.
     """
     with open(model.find_weights(weights), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -178,20 +178,18 @@ def kept_answers(path: Path, name: str, weights: Path, encoding: tiktoken.Encodi
         if line["how"] == how:
             kept[line["prompt"]] = Answer(**line["answer"])
 
-    blocks = []                # a seed, and prompts without an answer
-    for start in range(0, len(prompts), BLOCK):
-        block = prompts[start:start + BLOCK]
-        missing = [prompt for prompt in block if prompt not in kept]
-        if missing:
-            blocks.append((sampling.seed + start, missing))
-    if not blocks:
+    missing = [number for number, prompt in enumerate(prompts) if prompt not in kept]
+    if not missing:
         return [kept[prompt] for prompt in prompts]
 
     gpt2 = load(weights)
-    for seed, missing in data.track(blocks, f"answers of {name}", len(blocks), "blocks"):
-        answers = sample_answers(gpt2, encoding, missing, max_prompt_tokens,
-                                 sampling._replace(seed=seed))
-        for prompt, answer in zip(missing, answers, strict=True):
+    starts = range(0, len(missing), BLOCK)
+    for start in data.track(starts, f"answers of {name}", len(starts), "blocks"):
+        block = missing[start:start + BLOCK]
+        block_sampling = sampling._replace(seed=sampling.seed + block[0])
+        block_prompts = [prompts[number] for number in block]
+        answers = sample_answers(gpt2, encoding, block_prompts, max_prompt_tokens, block_sampling)
+        for prompt, answer in zip(block_prompts, answers, strict=True):
             kept[prompt] = answer
             append_jsonl(path, {"how": how, "model": name, "prompt": prompt,
                                 "answer": answer._asdict()})

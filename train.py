@@ -232,14 +232,16 @@ def train(config: Config) -> int:
 
     # From here on the model is the policy. Until the next fit it still is its reference. Check that
     # on the very batch that the reference had first: eval_batches gives the same ones at each call.
+    # (Not where a run goes on: another machine than the one that it began on rounds otherwise.)
     if config.adapter != "replace":
         add_adapters(model, config.adapter, config.adapter_width)
-    first = next(eval_batches(splits["train"], config, machine, reference_tables["train"]))
-    with torch.no_grad():
-        dpo.check_start(logps_of(model, first), first.reference_logps)
-    start = dpo.val_step(model, [first], dpo_loss_function)      # to be shown
-    print(f"start  the policy equals its reference | loss {start['loss']:.4f} | "
-          f"rewards {start['rewards/chosen']:.4f} and {start['rewards/rejected']:.4f}")
+    if not sft_is_done:
+        first = next(eval_batches(splits["train"], config, machine, reference_tables["train"]))
+        with torch.no_grad():
+            dpo.check_start(logps_of(model, first), first.reference_logps)
+        start = dpo.val_step(model, [first], dpo_loss_function)      # to be shown
+        print(f"start  the policy equals its reference | loss {start['loss']:.4f} | "
+              f"rewards {start['rewards/chosen']:.4f} and {start['rewards/rejected']:.4f}")
     print_model(model, machine)
 
     # DPO.
@@ -292,8 +294,8 @@ def epochs_for(pairs: int, batch_pairs: int) -> int:
 #   long the log was.
 # - open_run reads it, and cuts off what the log says of later updates.
 # - train goes straight to DPO, with the weights in sft/, if the last save was made in DPO.
-# - fit puts all of it back. data.batches goes on with update number state.step, as the pairs of an
-#   update follow from the seed and its number alone.
+# - fit puts the weights, the optimizer, the scaler and the State back. data.batches goes on with
+#   update number state.step, as the pairs of an update follow from the seed and its number alone.
 # - If the kill came after the end of SFT and before the first save of DPO, fit finds that SFT has
 #   ended, and train goes on from there.
 #

@@ -196,13 +196,14 @@ def test_the_defaults_are_those_of_the_program():
 def test_the_optimum_of_the_demo_follows_from_its_start():
     """At beta 1 the best policy multiplies the odds of an answer with "!" by e to its reward, 4."""
     before = float(re.search(r"before DPO  (\S+)% of", README)[1])
-    odds = before / (100 - before) * math.exp(data.DEMO_REWARD)
-    optimum = odds / (1 + odds)
     odds = before / (100 - before)
-    text = (f"So step 2 multiplies each prompt's odds by e^4 = {math.exp(data.DEMO_REWARD):.1f}: "
-            f"if all prompts had the same odds, from {before} / {100 - before:.1f} = {odds:.3f} "
-            f"to {odds * math.exp(4):.1f}, which is {optimum:.1%}.")
-    assert text in " ".join(README.split())
+    after = odds * math.exp(data.DEMO_REWARD)
+    optimum = after / (1 + after)
+    assert [line.split() for line in block_from("before  ").splitlines()] == [
+        ["before", str(before), "/", f"{100 - before:.1f}", "=", f"{odds:.3f}"],
+        ["after", f"{odds:.3f}", "*", "e^4", "=", f"{odds:.3f}", "*",
+         f"{math.exp(data.DEMO_REWARD):.1f}", "=", f"{after:.1f}"],
+        ["share", f"{after:.1f}", "/", "(1", "+", f"{after:.1f})", "=", f"{optimum:.1%}"]]
     after, count = re.search(r"after  DPO +(\S+)% of (\d+)", README).groups()
     obeying = round(float(after) / 100 * int(count))
     low, high = dpo.wilson_interval(obeying / int(count), int(count))

@@ -852,6 +852,23 @@ def test_every_kind_of_run_goes_on_after_a_stop_in_dpo(a_run, world, tmp_path, m
     assert_same(tmp_path, a_run.out)
 
 
+def test_a_run_goes_on_on_a_machine_that_rounds_otherwise(world, tmp_path, monkeypatch):
+    """As if the reference's numbers, which a run has kept, were of a machine with other rounding.
+    At the start such numbers are refused. A run that goes on was checked when it began."""
+    bytes_as_tokens(monkeypatch)
+    words = argv(world, tmp_path, resume=True, **STOPPED)
+    assert stop_before(14, words, monkeypatch) == 130
+    saved = torch.load(tmp_path / "last.pt")
+    assert saved["stage"] == "dpo"
+    saved["reference_tables"]["train"] += 0.01
+    torch.save(saved, tmp_path / "last.pt")
+    assert train.main(words) == 0
+
+    real = dpo.reference_logps
+    monkeypatch.setattr(dpo, "reference_logps", lambda *arguments: real(*arguments) + 0.01)
+    assert train.main(argv(world, tmp_path / "new", **STOPPED)) == 2
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_trains_and_goes_on_bit_for_bit(dtype, world, tmp_path, monkeypatch):
     """float16's gradients are scaled; the scale is in last.pt, and when it grows next."""
