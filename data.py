@@ -345,7 +345,7 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
 
     tokens = np.zeros((row_count, width), np.int64)
     positions = np.zeros((row_count, width), np.int64)
-    pair_at = np.full((row_count, width), -1)          # the pair of the token: its place in pairs
+    pair_at = np.full((row_count, width), -1)          # the pair of the token: its index in pairs
     part_at = np.zeros((row_count, width), np.int64)   # of the prompt 0, of the responses 1 and 2
     responses = {side: [] for side in sides}
     predicts = {side: [] for side in sides}            # the places that predict each response
@@ -484,7 +484,7 @@ def by_length(pairs: list[TokenPair], micro_pairs: int, reference_table: Tensor 
 def micro_batches(pairs: list[TokenPair], indices: np.ndarray, micro_pairs: int,
                   reference_table: Tensor | None,
                   sides: tuple[str, ...]) -> Iterator[PackedBatch]:
-    """The pairs at these places, sorted by length, in batches of up to micro_pairs.
+    """The pairs with these numbers, sorted by length, in batches of up to micro_pairs.
 
     A pair's length is that of its prompt and both responses, in SFT, too.
     """

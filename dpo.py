@@ -335,7 +335,7 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
     batches: as data.pad makes them, moved to the model's device. Each has tokens and mask (2B, T),
     first the B rows of the chosen responses, then those of the rejected ones; and indices (B,),
     which number the pairs of all batches from 0.
-    peak: the highest learning rate. The first tenth of the updates warms up to it.
+    peak: the highest learning rate. The first tenth of the updates, rounded down, warms up to it.
 
     The reference is the model as it comes. So a second call would have another reference.
 
@@ -397,11 +397,11 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 #
 #     packed row     p p p c c c r . . . . . . .
 #
-# A mask tells attention which tokens each token sees: those before it of its own pair, but r does
-# not see c. Each token also has the position that it has in its own text: r follows the prompt, as
-# c does. Attention is the only place where tokens meet, so every token gets the same result as in
-# its padded row, but for rounding. At the end, logits are computed only where a token of a response
-# is predicted. train.py trains with packed batches.
+# A mask tells attention which tokens each token sees: itself and those before it, of its own pair,
+# but r does not see c. Each token also has the position that it has in its own text: r follows the
+# prompt, as c does. Attention is the only place where tokens meet, so every token gets the same
+# result as in its padded row, but for rounding. At the end, logits are computed only where a token
+# of a response is predicted. train.py trains with packed batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
 # two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit d91942e):

@@ -800,7 +800,8 @@ def kl_to_sft(paths: dict[str, Path], answers: list[Answer]) -> str:
     over prompts, and over the tuned model's answers to them. The mean over sampled answers
     estimates it, if the answers are sampled from p_tuned itself: at temperature 1 and top_p 1. From
     a single answer there is no interval. Compare KLs only at the same limit to the length of
-    answers: long answers have more room to differ.
+    answers: long answers have more room to differ. (Of answers that were cut it is the KL up to the
+    limit.)
     """
     logps = {}
     for name in ("tuned", "sft"):

@@ -218,8 +218,8 @@ def train(config: Config) -> int:
     save_tokenizer(config, run.folder / "sft")
     model = GPT2.from_pretrained(run.folder / "sft").to(machine.device)      # the best weights
 
-    # The reference is this model. It is asked once about every pair. What it said goes into each
-    # batch, as batch.reference_logps. A run that goes on in DPO has kept it, in last.pt.
+    # The reference is this model. It is asked once about every pair. data.pack puts what it said
+    # into each batch, as batch.reference_logps. A run that goes on in DPO has kept it, in last.pt.
     reference_tables = {}
     if sft_is_done:
         reference_tables = run.saved["reference_tables"]
@@ -232,7 +232,7 @@ def train(config: Config) -> int:
 
     # From here on the model is the policy. Until the next fit it still is its reference. Check that
     # on the very batch that the reference had first: eval_batches gives the same ones at each call.
-    # (Not where a run goes on: another machine than the one that it began on rounds otherwise.)
+    # (Not where a run goes on, perhaps on another machine, which rounds differently.)
     if config.adapter != "replace":
         add_adapters(model, config.adapter, config.adapter_width)
     if not sft_is_done:
@@ -296,8 +296,6 @@ def epochs_for(pairs: int, batch_pairs: int) -> int:
 # - train goes straight to DPO, with the weights in sft/, if the last save was made in DPO.
 # - fit puts the weights, the optimizer, the scaler and the State back. data.batches goes on with
 #   update number state.step, as the pairs of an update follow from the seed and its number alone.
-# - If the kill came after the end of SFT and before the first save of DPO, fit finds that SFT has
-#   ended, and train goes on from there.
 #
 # So the updates after the last save are made once more; on a CPU with the same numbers, to the bit.
 # Without a last.pt the run begins anew.

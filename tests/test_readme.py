@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import bugs
+import probe
 import pytest
 import torch
 import transformers
@@ -156,6 +157,10 @@ def test_the_real_pairs_are_those_of_runs_csv():
     assert f"[{len(scores):,} unseen real pairs]" in on_one_line
     assert results.with_interval(scores) in on_one_line
     assert "all pairs are ties: accuracy 0.500." in on_one_line
+    of_words = [line["margins"] for line in results.read_csv(probe.CSV)
+                if line["row"] == probe.WORDS]
+    margins = [float(margin) for margin in " ".join(of_words).split()]
+    assert f"ranks {results.with_interval(results.scores_of(margins))} right" in on_one_line
     of_dpo = [line for line in lines if line["row"] in results.ROWS and line["fold"] in folds]
     assert {line["best_step"] for line in of_dpo} == {"0"}
     assert set("".join(line["scores"] for line in of_dpo)) == {"1"}
