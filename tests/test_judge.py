@@ -725,6 +725,21 @@ def test_answers_are_sampled_alike_and_end_at_end_of_text_or_the_next_question(m
     assert seen["max_tokens"] == 20                    # half of the context
 
 
+def test_each_block_has_a_seed_that_no_other_block_of_the_model_has(weights, tmp_path, monkeypatch):
+    """Blocks of two: of five prompts, then of seven, when the first five are kept."""
+    seeds = []
+
+    def sample_answers(gpt2, encoding, prompts, max_prompt_tokens, sampling):
+        seeds.append((prompts, sampling.seed))
+        return [judge.Answer([1], [2], "Yes.", "limit") for _ in prompts]
+    monkeypatch.setattr(judge, "sample_answers", sample_answers)
+    monkeypatch.setattr(judge, "BLOCK", 2)
+    for count in (5, 7):
+        judge.kept_answers(tmp_path / "answers.jsonl", "tuned", weights / "best", None,
+                           list("abcdefg")[:count], 8, judge.Sampling(1.0, 1.0, 12, seed=10))
+    assert seeds == [(["a", "b"], 10), (["c", "d"], 12), (["e"], 14), (["f", "g"], 15)]
+
+
 def test_a_second_call_samples_only_new_prompts_and_other_weights(run, serve, weights):
     server = serve()
     server.say = people
