@@ -243,7 +243,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     loss_function: see LossFunction.
     max_norm: a longer gradient is shortened to this length.
     scaler: for float16 alone, whose small gradients would become 0: it multiplies the loss by a
-    large factor, and divides the gradients by it. One that is not enabled does nothing.
+    large factor, and divides the gradients by it. None, or one that is not enabled: no factor.
 
     Returns the mean of every metric over all pairs, "grad_norm" before the gradient was shortened,
     and "skipped", 0 or 1. A loss or gradient that is not finite makes no update: weights and

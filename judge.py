@@ -397,7 +397,7 @@ def win_rate(verdicts: list[Verdict]) -> dict[str, float | int | None]:
     if letters:
         summary["letter A"] = letters.count("A") / len(letters)
     judge_could_never_be_read = unreadable > 0 and not letters
-    if judge_could_never_be_read:      # what scores there are, are draws: of equal answers, unasked
+    if judge_could_never_be_read:      # all scores are draws: of equal answers, without a question
         return summary
     if scores:
         rate = statistics.fmean(scores)

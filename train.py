@@ -672,8 +672,7 @@ def save_last(run: Run, stage: str, model: GPT2, optimizer: torch.optim.Optimize
     # plain write raises OSError, and main then says what to do.
     buffer = io.BytesIO()
     torch.save({"stage": stage, "state": asdict(state), "model": trained,
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "reference_tables": reference_tables, "metrics_bytes": run.metrics.tell()}, buffer)
     write_whole(run.folder / "last.pt", [buffer.getbuffer()])
 

@@ -138,14 +138,20 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
     folds = torch.tensor([results.fold_of(pair) for pair in pairs])
     held_out = torch.tensor([data.fraction_of(pair.prompt) < 0.25 for pair in pairs])
     length = length_features(pairs)
+    length_by_kind = torch.cat([length, length * kind[:, None]], dim=1)
     hidden = hidden_features(args.model, pairs)
     shared = {"commit": results.training_commit(), "machine": results.machine()}
     for fold in range(results.FOLDS):
         trained = folds != fold
         words = word_features(pairs, trained.tolist())
-        by_kind = [length, length * kind[:, None], words, words * kind[:, None]]
-        rows = {LENGTH: length, LENGTH_BY_KIND: torch.cat(by_kind[:2], 1), WORDS: words,
-                WORDS_BY_KIND: torch.cat(by_kind, 1), HIDDEN: hidden}
+        words_by_kind = torch.cat([words, words * kind[:, None]], dim=1)
+        rows = {
+            LENGTH: length,
+            LENGTH_BY_KIND: length_by_kind,
+            WORDS: words,
+            WORDS_BY_KIND: torch.cat([length_by_kind, words_by_kind], dim=1),
+            HIDDEN: hidden,
+        }
         for name, features in rows.items():
             features = features / features.square().sum(1).mean().sqrt()   # one size for DECAYS
             decay, margins = margins_of_fold(features, trained, held_out)
