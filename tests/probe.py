@@ -1,9 +1,9 @@
 """What could be learnt of the real pairs? python tests/probe.py --model FOLDER --hh_dir FOLDER
 
-A linear model in place of DPO: it gives each answer a reward, a weighted sum of the answer's
-features, and is fitted by DPO's own loss (with these rewards) to the same five folds as in
-tests/results.py. Appends to results/probe.csv; `--table` prints the table of results/README.md
-from that file.
+A linear model in place of DPO. The reward of an answer is a weighted sum of its features, where DPO
+has beta * log(pi / pi_ref). The loss is DPO's, -log sigmoid(reward of chosen - reward of rejected),
+plus a weight decay. It is fitted to the same five folds as in tests/results.py. Writes
+results/probe.csv; `--table` prints the table of results/README.md from that file.
 """
 
 import argparse
@@ -33,34 +33,38 @@ LENGTH = "length"
 LENGTH_BY_KIND = "length, helpful and harmless apart"
 WORDS = "words"
 WORDS_BY_KIND = "words and length, helpful and harmless apart"
-HIDDEN = "the model's last hidden states"
+HIDDEN = "the model's last hidden states"              # their mean over the answer's tokens
 ROWS = (LENGTH, LENGTH_BY_KIND, WORDS, WORDS_BY_KIND, HIDDEN)
 SIDES = ("chosen", "rejected")
 
 
 def words_of(text: str) -> list[str]:
+    """Words of two or more letters or digits, in small letters."""
     return re.findall(r"\w\w+", text.lower())
 
 
 def length_features(pairs: list[data.Pair]) -> Tensor:
-    """(pairs, 1): the log of the number of words, chosen minus rejected."""
+    """(pairs, 1): log(1 + the number of words between spaces), chosen minus rejected."""
     lengths = [[math.log1p(len(getattr(pair, side).split())) for side in SIDES] for pair in pairs]
     chosen, rejected = torch.tensor(lengths, dtype=torch.float64).unbind(1)
     return (chosen - rejected)[:, None]
 
 
 def word_features(pairs: list[data.Pair], trained: list[bool]) -> Tensor:
-    """(pairs, words): which words stand in the answers, chosen minus rejected.
+    """(pairs, words): the answers' tf-idf, chosen minus rejected.
 
-    tf-idf, with the words that stand in at least 3 answers of the training part: a word counts
-    1 + log(how often it stands there), times log of how rare it is, and an answer has the norm 1.
+    Of the words that stand in at least 3 answers of the training part. In an answer a word counts
+
+        (1 + log(times in this answer)) * (1 + log((1 + answers) / (1 + answers with the word)))
+
+    and an answer is scaled to the norm 1 before the difference is taken.
     """
     counts = {side: [Counter(words_of(getattr(pair, side))) for pair in pairs] for side in SIDES}
     answers_with = Counter()
     for side in SIDES:
         for count, is_trained in zip(counts[side], trained, strict=True):
             if is_trained:
-                answers_with.update(count.keys())
+                answers_with.update(count.keys())          # 1 for each answer
     vocabulary = sorted(word for word, count in answers_with.items() if count >= 3)
     column = {word: number for number, word in enumerate(vocabulary)}
     answer_count = 2 * sum(trained)
@@ -78,30 +82,31 @@ def word_features(pairs: list[data.Pair], trained: list[bool]) -> Tensor:
 
 @torch.no_grad()
 def hidden_features(path: str, pairs: list[data.Pair]) -> Tensor:
-    """(pairs, C): the mean of the last hidden states over an answer's tokens, chosen minus
-    rejected, by the model in the folder, as it was pretrained."""
+    """(pairs, C): the last layer's hidden states, their mean over an answer's tokens, chosen minus
+    rejected, by the model in the folder."""
     model = judge.load(Path(path))
-    tokens, _ = data.tokenize(pairs, data.encoding_of(demo=False), 512, 256)
-    assert len(tokens) == len(pairs)
+    token_pairs, _ = data.tokenize(pairs, data.encoding_of(demo=False), max_tokens=512,
+                                   max_prompt_tokens=256)
+    assert len(token_pairs) == len(pairs)
     rows = []
-    for pair in tokens:
+    for pair in token_pairs:
         means = []
         for side in SIDES:
             ids = torch.tensor([[*pair.prompt, *getattr(pair, side)]],
                                device=model.wte.weight.device)
             length = ids.shape[1]
             positions = torch.arange(length, device=ids.device)[None, :]
+            # One text in the row, so a token sees itself and those before it.
             sees = torch.ones(1, length, length, dtype=torch.bool, device=ids.device).tril()
             hidden = model.packed_hidden(ids, positions, sees)[0]
             means.append(hidden[len(pair.prompt):].mean(0).double().cpu())
         rows.append(means[0] - means[1])
-    features = torch.stack(rows)
-    return features / features.std(0)
+    return torch.stack(rows)
 
 
 def fit(features: Tensor, weight_decay: float) -> Tensor:
-    """The weights (F,) that minimise the mean of -log sigmoid(features @ weights), and
-    weight_decay / 2 times their squared length."""
+    """The weights (F,) that minimise the mean of -log sigmoid(features @ weights), plus
+    weight_decay / 2 times their squared length. One step of LBFGS has up to 300 iterations."""
     weights = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=300, line_search_fn="strong_wolfe")
 
@@ -119,41 +124,48 @@ def margins_of_fold(features: Tensor, trained: Tensor, held_out: Tensor) -> tupl
     """The weight decay, and the margins of the pairs that are not trained on.
 
     The decay is the one of DECAYS with the lowest loss on the `held_out` quarter of the training
-    part, after fitting the other three. No pair of the test is looked at.
+    part, after a fit to the other three quarters. No pair of the test is looked at.
     """
+    root_mean_square = features[trained].square().sum(1).mean().sqrt()
+    features = features / root_mean_square             # so a decay is the same for all features
     losses = {}
     for decay in DECAYS:
         weights = fit(features[trained & ~held_out], decay)
         losses[decay] = -F.logsigmoid(features[trained & held_out] @ weights).mean().item()
     best = min(losses, key=losses.get)
-    return best, features[~trained] @ fit(features[trained], best)
+    weights = fit(features[trained], best)
+    return best, features[~trained] @ weights
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict]:
-    """A line for each row and fold."""
+    """A line of probe.csv for each kind of features and each fold."""
     conftest.offline_vocabulary()
     pool = results.clean_pool(Path(args.hh_dir))
     pairs = pool["harmless"] + pool["helpful"]
-    kind = torch.tensor([1.0] * len(pool["harmless"]) + [-1.0] * len(pool["helpful"])).double()
+    is_harmless = torch.arange(len(pairs)) < len(pool["harmless"])
     folds = torch.tensor([results.fold_of(pair) for pair in pairs])
+    # fold_of takes another hash of the prompt, so this is a quarter of each fold.
     held_out = torch.tensor([data.fraction_of(pair.prompt) < 0.25 for pair in pairs])
+
+    def by_kind(features: Tensor) -> Tensor:
+        """(pairs, 2 F): a weight of its own for each kind of prompt."""
+        mask = is_harmless[:, None]
+        return torch.cat([features.masked_fill(~mask, 0.0), features.masked_fill(mask, 0.0)], dim=1)
+
     length = length_features(pairs)
-    length_by_kind = torch.cat([length, length * kind[:, None]], dim=1)
     hidden = hidden_features(args.model, pairs)
     shared = {"commit": results.training_commit(), "machine": results.machine()}
     for fold in range(results.FOLDS):
         trained = folds != fold
         words = word_features(pairs, trained.tolist())
-        words_by_kind = torch.cat([words, words * kind[:, None]], dim=1)
         rows = {
             LENGTH: length,
-            LENGTH_BY_KIND: length_by_kind,
+            LENGTH_BY_KIND: by_kind(length),
             WORDS: words,
-            WORDS_BY_KIND: torch.cat([length_by_kind, words_by_kind], dim=1),
-            HIDDEN: hidden,
+            WORDS_BY_KIND: by_kind(torch.cat([length, words], dim=1)),
+            HIDDEN: hidden / hidden[trained].square().mean(0).sqrt(),
         }
         for name, features in rows.items():
-            features = features / features.square().sum(1).mean().sqrt()   # one size for DECAYS
             decay, margins = margins_of_fold(features, trained, held_out)
             text = " ".join(f"{margin:.3f}" for margin in margins.tolist())
             yield shared | {"row": name, "fold": fold, "weight_decay": decay, "margins": text}
@@ -168,17 +180,18 @@ def table() -> str:
         for line in lines:
             if line["row"] == name:
                 margins += [float(margin) for margin in line["margins"].split()]
-        gains = [F.softplus(torch.tensor(-margin)).item() - math.log(2) for margin in margins]
-        error = 1.96 * statistics.stdev(gains) / math.sqrt(len(gains))
+        losses = (-F.logsigmoid(torch.tensor(margins))).tolist()
+        above = [loss - math.log(2) for loss in losses]        # log 2: where all rewards are equal
+        error = 1.96 * statistics.stdev(above) / math.sqrt(len(above))
         rows.append([name, results.with_interval(results.scores_of(margins)),
-                     f"{statistics.fmean(gains):+.4f} +- {error:.4f}"])
+                     f"{statistics.fmean(above):+.4f} +- {error:.4f}"])
     header = ["a linear model of", f"accuracy on {len(margins):,} pairs", "loss, above ln 2"]
     return judge.table(header, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", help="a GPT-2, for its hidden states")
+    parser.add_argument("--model", help="the folder of a GPT-2, for its hidden states")
     parser.add_argument("--hh_dir", default="hh-rlhf", help="a folder that holds all subsets")
     parser.add_argument("--table", action="store_true", help="print the table, and stop")
     args = parser.parse_args()
@@ -187,8 +200,9 @@ def main() -> None:
         return
     if not args.model:
         parser.error("expected --model")
-    CSV.unlink(missing_ok=True)
-    for line in measure(args):
+    lines = list(measure(args))
+    CSV.unlink(missing_ok=True)                        # not before the new ones are there
+    for line in lines:
         results.append_csv(CSV, FIELDS, line)
     print(table())
 
