@@ -166,6 +166,18 @@ def test_a_linear_model_of_one_feature():
     assert slope == pytest.approx(0, abs=1e-6)
 
 
+def test_the_linear_model_does_not_look_at_the_test():
+    """Test pairs with features a hundred times as large have margins a hundred times as large."""
+    torch.manual_seed(0)
+    features = torch.randn(40, 3).double() + 0.3
+    trained = torch.arange(40) < 30
+    held_out = torch.arange(40) % 4 == 0
+    decay, margins = probe.margins_of_fold(features, trained, held_out)
+    larger = torch.where(trained[:, None], features, 100 * features)
+    assert probe.margins_of_fold(larger, trained, held_out)[0] == decay
+    torch.testing.assert_close(probe.margins_of_fold(larger, trained, held_out)[1], 100 * margins)
+
+
 def test_the_words_of_the_test_are_not_counted():
     """The last pair is not trained on: "rare" stands in enough answers only with it."""
     answers = [("Good rare rare", "bad"), ("good rare", "Bad bad"), ("good", "bad")]
