@@ -327,6 +327,46 @@ class PackedBatch(NamedTuple):
         return PackedBatch(*[tensor.to(device) for tensor in self])
 
 
+class PairInRow(NamedTuple):
+    """A pair as it stands in a packed row, before it has a place there: lists of T tokens."""
+    tokens: list[int]              # (T,) the prompt, then each response without its last token
+    positions: list[int]           # (T,) of each token in its text
+    parts: list[int]               # (T,) 0 for the prompt, 1 for chosen, 2 for rejected
+    predicts: list[list[int]]      # of each response: where its tokens are predicted
+
+
+def lay_out(pair: TokenPair, sides: tuple[str, ...] = SIDES) -> PairInRow:
+    """The pair in a line: the prompt, then the responses of these sides.
+
+    A token is predicted at the one before it, the first of a response at the last of the prompt.
+    Nothing is predicted from the last token of a response, so it is left out.
+
+    >>> laid_out = lay_out(TokenPair([10, 11], [20, 21, 99], [30, 99]))
+    >>> laid_out.tokens
+    [10, 11, 20, 21, 30]
+    >>> laid_out.positions
+    [0, 1, 2, 3, 2]
+    >>> laid_out.parts
+    [0, 0, 1, 1, 2]
+    >>> laid_out.predicts  # 20 21 99 at 11 20 21; 30 99 at 11 30
+    [[1, 2, 3], [1, 4]]
+    """
+    prompt_length = len(pair.prompt)
+    tokens = list(pair.prompt)
+    positions = list(range(prompt_length))
+    parts = [0] * prompt_length
+    predicts = []
+    for part, side in enumerate(sides, start=1):
+        response = getattr(pair, side)[:-1]
+        start = len(tokens)
+        stop = start + len(response)
+        predicts.append([prompt_length - 1, *range(start, stop)])
+        tokens.extend(response)
+        positions.extend(range(prompt_length, prompt_length + len(response)))
+        parts.extend([part] * len(response))
+    return PairInRow(tokens, positions, parts, predicts)
+
+
 def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor | None = None,
          sides: tuple[str, ...] = SIDES) -> PackedBatch:
     """The PackedBatch of these pairs, whose numbers in the data set are `indices` (B,).
@@ -335,61 +375,45 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
     reference_table (2, pairs of the data set) float32: what dpo.reference_logps returned, for DPO;
     or None.
     """
-    lengths = []
-    for pair in pairs:
-        length = len(pair.prompt)
-        for side in sides:
-            length += len(getattr(pair, side)) - 1     # the last token is predicted, but not read
-        lengths.append(length)
-    row_count, width, starts = arrange(lengths)
+    laid_out = [lay_out(pair, sides) for pair in pairs]
+    row_count, width, starts = arrange([len(pair.tokens) for pair in laid_out])
 
+    # Each pair to its place.
     tokens = np.zeros((row_count, width), np.int64)
     positions = np.zeros((row_count, width), np.int64)
-    pair_at = np.full((row_count, width), -1)          # the pair of the token: its index in pairs
-    part_at = np.zeros((row_count, width), np.int64)   # of the prompt 0, of the responses 1 and 2
-    responses = {side: [] for side in sides}
-    predicts = {side: [] for side in sides}            # the places that predict each response
-    for number, (pair, (row, start)) in enumerate(zip(pairs, starts, strict=True)):
-        prompt_length = len(pair.prompt)
-        stop = start + prompt_length
-        last_of_prompt = stop - 1
-        tokens[row, start:stop] = pair.prompt
-        positions[row, start:stop] = np.arange(prompt_length)
-        pair_at[row, start:stop] = number
-        for part, side in enumerate(sides, start=1):
-            response = getattr(pair, side)
-            start = stop                                           # behind what is there already
-            stop = start + len(response) - 1                       # without its last token
-            tokens[row, start:stop] = response[:-1]
-            positions[row, start:stop] = prompt_length + np.arange(len(response) - 1)
-            pair_at[row, start:stop] = number
-            part_at[row, start:stop] = part
-            # The prompt's last token predicts the response's first one. Each token of the response
-            # predicts the next.
-            columns = np.array([last_of_prompt, *range(start, stop)])
-            responses[side].append(response)
-            predicts[side].append(row * width + columns)           # as places
+    parts = np.zeros((row_count, width), np.int64)
+    pair_numbers = np.full((row_count, width), -1)                 # of the padding: -1
+    for number, pair in enumerate(laid_out):
+        row, start = starts[number]
+        stop = start + len(pair.tokens)
+        tokens[row, start:stop] = pair.tokens
+        positions[row, start:stop] = pair.positions
+        parts[row, start:stop] = pair.parts
+        pair_numbers[row, start:stop] = number
 
     # sees[r, t, s]: t sees s if both are of one pair, s is of the prompt or of the same response as
-    # t, and s does not come after t. (The padding counts as a pair of its own, -1. Nobody reads it,
-    # but it must see something: a softmax over nothing would be nan.)
-    same_pair = pair_at[:, :, None] == pair_at[:, None, :]         # (R, T, T)
-    same_part = part_at[:, :, None] == part_at[:, None, :]         # (R, T, T)
-    in_prompt = part_at[:, None, :] == 0                           # (R, 1, T): is s in a prompt?
+    # t, and s does not come after t. (The padding sees padding. Nobody reads what comes of it, but
+    # it must see something: a softmax over nothing would be nan.)
+    same_pair = pair_numbers[:, :, None] == pair_numbers[:, None, :]  # (R, T, T)
+    same_part = parts[:, :, None] == parts[:, None, :]             # (R, T, T)
+    in_prompt = parts[:, None, :] == 0                             # (R, 1, T): is s in a prompt?
     not_after = np.tri(width, dtype=bool)                          # (T, T): True where s <= t
     sees = same_pair & (in_prompt | same_part) & not_after
 
-    # Response by response, chosen first.
-    all_responses = []
-    all_predicts = []
-    for side in sides:
-        all_responses += responses[side]
-        all_predicts += predicts[side]
-    response_lengths = torch.tensor([len(response) for response in all_responses])
+    # Response by response, chosen first: its tokens, and the places that predict them.
+    responses = []
+    predicts = []
+    for side_number, side in enumerate(sides):
+        for number, pair in enumerate(pairs):
+            row, start = starts[number]
+            columns = start + np.array(laid_out[number].predicts[side_number])
+            responses.append(getattr(pair, side))
+            predicts.append(row * width + columns)
+    response_lengths = torch.tensor([len(response) for response in responses])
 
     indices = torch.as_tensor(indices, dtype=torch.int64)
     if reference_table is None:
-        reference_logps = torch.full((len(all_responses),), math.nan)
+        reference_logps = torch.full((len(responses),), math.nan)
     else:
         assert sides == SIDES, f"the reference is of both sides, the batch of {sides}"
         chosen = reference_table[0, indices]                       # (B,)
@@ -399,9 +423,9 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
         sees=torch.from_numpy(sees),
-        predicts=torch.from_numpy(np.concatenate(all_predicts)),
-        targets=torch.from_numpy(np.concatenate(all_responses).astype(np.int64)),
-        owner=torch.arange(len(all_responses)).repeat_interleave(response_lengths),
+        predicts=torch.from_numpy(np.concatenate(predicts)),
+        targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)),
+        owner=torch.arange(len(responses)).repeat_interleave(response_lengths),
         response_lengths=response_lengths,
         indices=indices,
         reference_logps=reference_logps,

@@ -7,12 +7,13 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 3. what one watches    rewards, margins, accuracy
 4. training            the learning rate, one update, one validation, the check before the start;
                        train_dpo joins them, all but the validation, for a model of your own
+
+Sections 1 to 4 are DPO, whole. The rest is not needed to understand it:
+
 5. faster              the same log-probabilities without the arithmetic that padded rows waste
 6. other losses        of supervised fine-tuning; and those that were proposed after DPO's
-7. less memory         for the logits of section 5: their derivatives by hand
+7. less memory         for the logits of section 5
 8. an interval         for an accuracy, or any other share
-
-Sections 1 to 4 are DPO, whole. Whoever wants to understand it, or to write it, may stop there.
 
 The letters in the shapes: B pairs, R rows (2B where each response has its own), T tokens of a
 row, V tokens of the vocabulary.
@@ -43,27 +44,10 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     The log of a ratio is a difference of two logs, and the logs are what this function takes. The
     first four arguments are (B,): log pi(response | prompt) in nats, summed over the tokens of the
     response. `policy` is the model that trains, `reference` the same model before DPO began.
-    beta is the price of leaving the reference: the weight of the KL term in the paper's objective,
-    mean reward - beta * KL(pi || pi_ref). The larger beta is, the closer the policy stays. The best
-    policy for this objective is (equation 4)
+    beta is the price of leaving the reference: the larger it is, the closer the policy stays.
 
-        pi = pi_ref * exp(reward / beta) / Z(prompt)
-
-    where Z makes the probabilities add up to 1. The log of both sides, times beta, is
-
-        beta * log pi = beta * log pi_ref + reward - beta * log Z(prompt)
-
-    Solved for the reward, this tells for which reward a given policy is the best one:
-
-        reward = beta * (log pi - log pi_ref) + beta * log Z(prompt)
-
-    So there is no need of a reward model: the policy itself can be fitted to what people prefer.
-    They prefer the chosen response, by Bradley and Terry's model, with the probability
-
-        sigmoid(reward(chosen) - reward(rejected))
-
-    and the loss is its negative log. log Z cancels in it, as both responses have the same prompt.
-    What is left of the reward, beta * log(pi / pi_ref), is called the implicit reward.
+    beta * log(pi / pi_ref) is called the implicit reward of a response. The loss is small where the
+    chosen response has a much larger one than the rejected one. (README.md tells why: DPO's idea.)
 
     Returns the loss and the implicit rewards of both responses, (B,) each. The rewards are for
     logging, so they carry no gradient.
@@ -290,20 +274,15 @@ def val_step(model: nn.Module, batches: Iterable, loss_function: LossFunction) -
 def check_start(policy: Tensor, reference: Tensor) -> None:
     """Before the first update the policy must equal its reference. Raises ValueError if it doesn't.
 
-    policy, reference (2B,): log-probabilities in nats, of one batch. The policy must be asked with
-    the very batch that the reference was asked with, on the same kind of machine. Otherwise sums
-    are rounded in another way, above all in bfloat16.
+    policy, reference (2B,): log-probabilities in nats, of one and the same batch.
 
-    At this moment all rewards are 0 and the loss of equation 7 is log 2. If they are not, training
-    would still run, towards a wrong goal. This check catches dropout that was left on, a reference
-    that another checkpoint gave, and an adapter that changes the model before it has learnt
-    anything; and a wrong order of the pairs, as far as this batch shows it. It can't catch what is
-    wrong in both alike, such as a wrong mask.
+    At this moment all rewards are 0 and the loss is log 2. If they are not, training would still
+    run, towards a wrong goal. The check catches dropout that was left on, a reference that another
+    checkpoint gave, an adapter that changes the model before it has learnt anything, and a
+    reference of other pairs. It can't catch what is wrong in both alike, such as a wrong mask.
 
-    "Equal" allows for rounding: the mean of |policy - reference| may be 4 eps times the mean of
-    |reference|, where eps is float32's, the gap from 1 to the next number. (4 is our choice.) That
-    leaves room for sums that a GPU makes in a changing order, as some models have them. Faults make
-    far larger differences.
+    "Equal" allows for rounding: on average the two may differ by 4 eps times |reference|, where eps
+    is float32's, about 1.2e-7. Faults make far larger differences.
     """
     difference = (policy - reference).abs().mean().item()
     rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
@@ -388,20 +367,18 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 #   GPT-2's head, with its 50,257 tokens, is a large part of the model.
 #
 # A packed batch lays several pairs in one row, each with its prompt once. Say a prompt has 3 tokens
-# (p), its chosen response 4 (c), and the rejected one 2 (r). The last token of a response is left
+# (p), its chosen response 4 (c), and the rejected one 3 (r). The last token of a response is left
 # out of the row: it is predicted, but nothing is predicted from it. The rest of the row has room
 # for other pairs (the dots).
 #
 #     padded rows    p p p c c c c
-#                    p p p r r x x
+#                    p p p r r r x
 #
-#     packed row     p p p c c c r . . . . . . .
+#     packed row     p p p c c c r r . . . . . .
 #
-# A mask tells attention which tokens each token sees: itself and those before it, of its own pair,
-# but r does not see c. Each token also has the position that it has in its own text: r follows the
-# prompt, as c does. Attention is the only place where tokens meet, so every token gets the same
-# result as in its padded row, but for rounding. At the end, logits are computed only where a token
-# of a response is predicted. train.py trains with packed batches.
+# A mask keeps them apart in attention, the only place where tokens meet: a token sees only tokens
+# of its own pair, and r does not see c. So every token gets the same result as in its padded row,
+# but for rounding. train.py trains with packed batches.
 #
 # What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
 # two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit d91942e):
@@ -420,73 +397,57 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     model: the GPT2 of model.py. batch: a data.PackedBatch, which data.pack makes from B pairs.
     piece: how many predictions have logits at a time, also in the backward pass. The logits of all
     predictions, each of 50,257 numbers, would need gigabytes.
-    tests/test_dpo.py holds this function equal to sequence_logps, with its gradients.
 
-    Here are three pairs. 99 is the end-of-text token. Responses without it were cut.
+    Here are two pairs, which fit into one row. 99 is the end-of-text token. (The responses of pair
+    1 are without it, as if they had been cut.)
 
-        pair 0: prompt 10 11    chosen 20 21 99    rejected 30 99
-        pair 1: prompt 12       chosen 40          rejected 41 42
-        pair 2: prompt 13       chosen 50 99       rejected 51
+        pair 0: prompt 10 11    chosen 20 21 99    rejected 30 31 99
+        pair 1: prompt 12       chosen 40          rejected 41
 
     >>> import data
     >>> from model import GPT2, GPT2Config
-    >>> pairs = [data.TokenPair([10, 11], [20, 21, 99], [30, 99]),
-    ...          data.TokenPair([12], [40], [41, 42]),
-    ...          data.TokenPair([13], [50, 99], [51])]
-    >>> batch = data.pack(pairs, indices=[0, 1, 2])
+    >>> pairs = [data.TokenPair([10, 11], [20, 21, 99], [30, 31, 99]),
+    ...          data.TokenPair([12], [40], [41])]
+    >>> batch = data.pack(pairs, indices=[0, 1])
 
-    Row 0 holds pair 0. Row 1 holds pairs 1 and 2, and a 0 of padding. The last token of a response
-    is left out, as nothing is predicted from it: 99, 99; 40, 42; 99, 51.
+    The row holds pair 0, then of pair 1 only the prompt: the last token of a response is left out.
 
     >>> batch.tokens
-    tensor([[10, 11, 20, 21, 30],
-            [12, 41, 13, 50,  0]])
+    tensor([[10, 11, 20, 21, 30, 31, 12]])
 
-    A place is a token's number, row by row. A position counts from the start of the token's own
-    text, and the rejected response follows the prompt as the chosen one does: 30 is at position 2,
-    as 20 is. The first token of a response is predicted at the prompt's last token, each other one
-    at the token before it. The responses are numbered chosen first: 0 to 2 are the chosen ones of
-    the three pairs, 3 to 5 the rejected ones.
+    A position counts from the start of the token's own text. 30 follows the prompt, as 20 does.
 
-        place    token    position    what is predicted there
-          0       10         0
-          1       11         1        20 of response 0, and 30 of response 3
-          2       20         2        21 of response 0
-          3       21         3        99 of response 0
-          4       30         2        99 of response 3
-          5       12         0        40 of response 1, and 41 of response 4
-          6       41         1        42 of response 4
-          7       13         0        50 of response 2, and 51 of response 5
-          8       50         1        99 of response 2
-          9        0         0        (padding)
+    >>> batch.positions
+    tensor([[0, 1, 2, 3, 2, 3, 0]])
 
-    The last column stands in predicts (the places), targets (the tokens) and owner (the responses),
-    response by response. Of the responses 0 and 1:
-
-    >>> batch.predicts[:4], batch.targets[:4], batch.owner[:4]
-    (tensor([1, 2, 3, 5]), tensor([20, 21, 99, 40]), tensor([0, 0, 0, 1]))
-
-    sees says which tokens (across) each token (down) of a row sees. In row 0 the last token, 30,
-    sees the prompt and itself, but not 20 and 21, which are of the chosen response. In row 1 no
-    pair sees the other.
+    Which tokens (across) does each token (down) see? 30 and 31 see the prompt, but not 20 and 21.
+    12, of the other pair, sees itself alone.
 
     >>> batch.sees.int()
-    tensor([[[1, 0, 0, 0, 0],
-             [1, 1, 0, 0, 0],
-             [1, 1, 1, 0, 0],
-             [1, 1, 1, 1, 0],
-             [1, 1, 0, 0, 1]],
-    <BLANKLINE>
-            [[1, 0, 0, 0, 0],
-             [1, 1, 0, 0, 0],
-             [0, 0, 1, 0, 0],
-             [0, 0, 1, 1, 0],
-             [0, 0, 0, 0, 1]]], dtype=torch.int32)
+    tensor([[[1, 0, 0, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0, 0, 0],
+             [1, 1, 1, 0, 0, 0, 0],
+             [1, 1, 1, 1, 0, 0, 0],
+             [1, 1, 0, 0, 1, 0, 0],
+             [1, 1, 0, 0, 1, 1, 0],
+             [0, 0, 0, 0, 0, 0, 1]]], dtype=torch.int32)
 
-    The same six numbers as from padded rows:
+    The responses are numbered 0 to 3: chosen of pair 0, chosen of pair 1, rejected of pair 0,
+    rejected of pair 1. In this order, here is each token of a response; the response that it
+    belongs to; and the place in the row that predicts it. 20 and 30 are both predicted at place 1,
+    where 11 stands, the last token of their prompt.
+
+    >>> batch.targets
+    tensor([20, 21, 99, 40, 30, 31, 99, 41])
+    >>> batch.owner
+    tensor([0, 0, 0, 1, 2, 2, 2, 3])
+    >>> batch.predicts
+    tensor([1, 2, 3, 6, 1, 4, 5, 6])
+
+    The same four numbers as from padded rows:
 
     >>> model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=100))
-    >>> padded = data.pad(pairs, indices=[0, 1, 2])
+    >>> padded = data.pad(pairs, indices=[0, 1])
     >>> plain = sequence_logps(model, padded.tokens, padded.mask)
     >>> torch.allclose(packed_logps(model, batch), plain)
     True
@@ -613,68 +574,50 @@ def check_variant(variant: str, label_smoothing: float) -> None:
 
 
 class TargetLogps(torch.autograd.Function):
-    """log p of each target token, (M,), without keeping logits for the backward pass.
+    """log p of each target token, (M,): the three lines in packed_logps, with less memory.
 
     hidden (M, C), head (V, C), targets (M,) int64. Logits exist for `piece` predictions at a time.
 
-    For the three lines in packed_logps autograd would keep all V x M numbers of log_softmax, for
-    the backward pass. Here they are gone by then, and the derivatives are made by hand.
+    Autograd would keep all V x M numbers of log_softmax for the backward pass. So here the backward
+    pass is written by hand, from the derivative that is known of cross-entropy: that of log
+    p(target) by the logits is one_hot(target) - softmax. Below it is called error, (V, M).
 
-    The derivative of log p(target) by the logits is known from cross-entropy: one_hot(target) -
-    softmax. Call it error (V, M): a column for each prediction m. Let grad (M,) be the derivative
-    of the loss by each log p; only the backward pass is told it. As logits = head @ hidden.T, the
-    derivatives of the loss are
-
-        by hidden[m]    grad[m] * slope[m],  where slope[m] = error[:, m] @ head        (C,)
-        by head         the sum over m of  grad[m] * outer(error[:, m], hidden[m])      (V, C)
-
-    A slope needs no grad[m]. So the forward pass makes it, while it has the error, and the backward
-    pass only multiplies. In the second line grad stands within the sum. So that sum has to wait for
-    the backward pass, which makes the error once more; but only if the head trains.
-
-    (torch.utils.checkpoint around the three lines would be simpler. Adapters, whose head doesn't
-    train, would then pay for a third product: see "Speed" in results/README.md.)
+    hidden's gradient is the error times the head, times what the loss makes of each log p. The
+    product with the head is made in the forward pass, while the error is there. The head's gradient
+    is a sum over the predictions, which can be made only when it is known what the loss makes of
+    each. So the backward pass makes the error once more; but only if the head trains.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, piece: int) -> Tensor:
-        hidden_trains, head_trains, _, _ = ctx.needs_input_grad
         logps = []
-        slopes = []
+        slopes = []                # the derivative of each log p by its own hidden state
         for h, target in zip(hidden.split(piece), targets.split(piece), strict=True):
             piece_logps, error = logps_and_error(h, head, target)
             logps.append(piece_logps)                                        # (piece,)
-            if hidden_trains:
+            if hidden.requires_grad:                   # not in a validation
                 slopes.append(error.T @ head)                                # (piece, C)
-        all_slopes = None
-        if hidden_trains:
-            all_slopes = torch.cat(slopes)                                   # (M, C)
-        if not head_trains:
-            head = None                                # only its own derivative needs it again
-        ctx.save_for_backward(hidden, targets, all_slopes, head)
-        ctx.piece = piece
+        if hidden.requires_grad:
+            ctx.save_for_backward(hidden, head, targets, torch.cat(slopes))
+            ctx.piece = piece
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """grad (M,): the derivative of the loss by each log p."""
-        hidden_trains, head_trains, _, _ = ctx.needs_input_grad
-        hidden, targets, slopes, head = ctx.saved_tensors
-        d_hidden = None
-        if hidden_trains:
-            d_hidden = (grad[:, None] * slopes).to(hidden.dtype)             # (M, C)
-        d_head = None
-        if head_trains:
-            # Products are in the number format of hidden, their sum in float32 at least.
-            d_head = torch.zeros_like(head, dtype=grad.dtype)                # (V, C)
-            pieces = zip(hidden.split(ctx.piece), grad.split(ctx.piece), targets.split(ctx.piece),
-                         strict=True)
-            for h, g, target in pieces:
-                _, error = logps_and_error(h, head, target)                  # (V, piece)
-                weighted = (g[:, None] * h).to(h.dtype)                      # (piece, C)
-                add_product(d_head, error, weighted)
-            d_head = d_head.to(head.dtype)
-        return d_hidden, d_head, None, None            # targets and piece have no gradient
+        hidden, head, targets, slopes = ctx.saved_tensors
+        d_hidden = (grad[:, None] * slopes).to(hidden.dtype)                 # (M, C)
+        if not head.requires_grad:                     # where adapters train, say
+            return d_hidden, None, None, None
+
+        d_head = torch.zeros_like(head, dtype=grad.dtype)                    # (V, C)
+        pieces = zip(hidden.split(ctx.piece), targets.split(ctx.piece), grad.split(ctx.piece),
+                     strict=True)
+        for h, target, g in pieces:
+            _, error = logps_and_error(h, head, target)                      # (V, piece)
+            weighted = g[:, None] * h                                        # (piece, C)
+            d_head += error @ weighted.to(h.dtype)
+        return d_hidden, d_head.to(head.dtype), None, None
 
 
 def logps_and_error(h: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -693,14 +636,6 @@ def logps_and_error(h: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Te
     column = torch.arange(len(target), device=target.device)
     array[target, column] += 1                         # one_hot - softmax
     return target_logits - z.log(), array.to(h.dtype)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in place. total may be float32 where a and b are bfloat16 or float16."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)                             # without memory for the product
-    else:
-        total += a @ b
 
 
 # 8. An interval for shares ----------------------------------------------------------------------

@@ -27,11 +27,11 @@ def plain_target_logps(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 512])
-@pytest.mark.parametrize("hidden_trains, head_trains", [(True, True), (True, False), (False, True)])
-def test_target_logps_are_plain_ones_with_their_gradients(piece, hidden_trains, head_trains):
-    """In pieces that divide 7 predictions unevenly, and with either side frozen."""
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_target_logps_are_plain_ones_with_their_gradients(piece, head_trains):
+    """In pieces that divide 7 predictions unevenly, and with a frozen head."""
     torch.manual_seed(2)
-    hidden = torch.randn(7, 4).double().requires_grad_(hidden_trains)
+    hidden = torch.randn(7, 4).double().requires_grad_()
     head = torch.randn(9, 4).double().requires_grad_(head_trains)
     weights = torch.tensor([1.0, 50.0, -3.0, 0.5, 0.0, 2.0, 1.0]).double()
     leaves = [leaf for leaf in (hidden, head) if leaf.requires_grad]
@@ -62,8 +62,8 @@ def given_batch(targets: Tensor, owner: Tensor) -> SimpleNamespace:
                            response_lengths=owner.bincount())
 
 
-@pytest.mark.parametrize("hidden_trains, head_trains", [(True, True), (True, False), (False, True)])
-def test_bfloat16_gradients_are_float32_and_near_those_of_float64(hidden_trains, head_trains):
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_bfloat16_gradients_are_float32_and_near_those_of_float64(head_trains):
     torch.manual_seed(2)
     hidden = torch.randn(7, 6)
     head = torch.randn(9, 6)
@@ -73,13 +73,12 @@ def test_bfloat16_gradients_are_float32_and_near_those_of_float64(hidden_trains,
     (plain_target_logps(exact_hidden, exact_head, TARGETS) * weights).sum().backward()
 
     model = Given(hidden, head)
-    model.states.requires_grad_(hidden_trains)
     model.wte.weight.requires_grad_(head_trains)
     batch = given_batch(TARGETS, torch.tensor([0, 0, 0, 1, 1, 1, 1]))
     with torch.autocast("cpu", torch.bfloat16):
         logps = dpo.packed_logps(model, batch, piece=3)
     (logps * torch.tensor([3.0, -1.0])).sum().backward()
-    for leaf, exact, trains in ((model.states, exact_hidden, hidden_trains),
+    for leaf, exact, trains in ((model.states, exact_hidden, True),
                                 (model.wte.weight, exact_head, head_trains)):
         assert (leaf.grad is not None) == trains
         if trains:
