@@ -55,9 +55,8 @@ class Pair(NamedTuple):
     chosen:   " Blue is a color."
     rejected: " Red."
 
-    A response keeps its leading space, as GPT-2's tokens begin with the space before a word:
-    "Assistant: Blue" is the tokens "Assistant", ":" and " Blue". So, where a response begins with
-    a space, as in hh-rlhf, prompt and response have the same tokens apart as together.
+    A response keeps its leading space, as in hh-rlhf: GPT-2's tokens begin with the space before a
+    word, so "Assistant: Blue" is the tokens "Assistant", ":" and " Blue".
     """
     prompt: str
     chosen: str
@@ -83,17 +82,17 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
             for line in file:
                 audit["rows"] += 1
                 try:
-                    result = parse_line(line)
+                    pair, reason = parse_line(line)
                 except (ValueError, RecursionError) as error:
                     raise ValueError(
                         f"{path}, line {audit['rows']}: {error}, in {repr(line)[:80]}; expected a "
                         f"JSON object with the strings chosen and rejected, and perhaps prompt: "
                         f"correct the line, or delete the file") from None
-                if isinstance(result, Pair):
-                    audit["kept"] += 1
-                    pairs.append(result)
+                if pair is None:
+                    audit[reason] += 1
                 else:
-                    audit[result] += 1
+                    audit["kept"] += 1
+                    pairs.append(pair)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: no whole gzip file, it breaks off after line {audit['rows']} "
                          f"({error}); delete it, and download it again") from None
@@ -107,13 +106,13 @@ def open_jsonl(path: str | Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def parse_line(line: bytes) -> Pair | str:
-    """The pair in a line, or the reason why it is dropped. ValueError where there is neither.
+def parse_line(line: bytes) -> tuple[Pair | None, str]:
+    """The pair in a line, and ""; or None, and the reason why the line is dropped.
 
-    >>> parse_line(b'{"prompt": "Name a color.", "chosen": "Blue.", "rejected": "Red."}').chosen
-    ' Blue.'
+    Raises ValueError for a line that is not of the form that read_pairs tells.
+
     >>> parse_line(b'{"prompt": "Name a color.", "chosen": "Blue.", "rejected": "Blue."}')
-    'equal answers'
+    (None, 'equal answers')
     """
     row = json.loads(line.decode())
     if not isinstance(row, dict):
@@ -137,17 +136,17 @@ def parse_line(line: bytes) -> Pair | str:
         one_question = dialogue.count(HUMAN) == 1
         one_answer = dialogue.count(ASSISTANT) == 1
         if not (begins_with_human and one_question and one_answer):
-            return "not one turn"
+            return None, "not one turn"
 
     chosen_prompt, chosen_response = chosen.split(ASSISTANT)
     rejected_prompt, rejected_response = rejected.split(ASSISTANT)
     if chosen_prompt != rejected_prompt:
-        return "prompts differ"
+        return None, "prompts differ"
     if not chosen_response.strip() or not rejected_response.strip():
-        return "empty answer"
+        return None, "empty answer"
     if chosen_response == rejected_response:
-        return "equal answers"
-    return Pair(chosen_prompt + ASSISTANT, chosen_response, rejected_response)
+        return None, "equal answers"
+    return Pair(chosen_prompt + ASSISTANT, chosen_response, rejected_response), ""
 
 
 def as_dialogue(prompt: str) -> str:
@@ -158,12 +157,10 @@ def as_dialogue(prompt: str) -> str:
     >>> as_dialogue("\n\nHuman: Name a color.\n\nAssistant:")
     '\n\nHuman: Name a color.\n\nAssistant:'
     """
-    prompt = prompt.strip()
-    if prompt.endswith("\nAssistant:"):            # the mark, on a line of its own
-        prompt = prompt.removesuffix("Assistant:").rstrip("\n")
-    if not prompt.startswith("Human:"):
-        prompt = "Human: " + prompt
-    return "\n\n" + prompt + ASSISTANT
+    question = prompt.strip().removesuffix("\nAssistant:").rstrip("\n")
+    if not question.startswith("Human:"):
+        question = "Human: " + question
+    return "\n\n" + question + ASSISTANT
 
 
 def split(pairs: list[Pair], test: list[Pair], val_share: float,
@@ -274,10 +271,12 @@ class PaddedBatch(NamedTuple):
         return PaddedBatch(self.tokens.to(device), self.mask.to(device), self.indices.to(device))
 
 
-def pad(pairs: list[TokenPair], indices: Sequence[int]) -> PaddedBatch:
-    """The padded batch of these pairs, whose numbers in the data set are `indices` (B,).
+def pad(pairs: list[TokenPair], indices: Sequence[int] | None = None) -> PaddedBatch:
+    """The padded batch of these pairs. Any id would do for the padding, here it is 0.
 
-    >>> batch = pad([TokenPair([10, 11], [20, 21, 99], [30, 99])], indices=[7])
+    indices (B,): the pairs' numbers in the data set; if left out, 0 to B - 1.
+
+    >>> batch = pad([TokenPair([10, 11], [20, 21, 99], [30, 99])])
     >>> batch.tokens
     tensor([[10, 11, 20, 21, 99],
             [10, 11, 30, 99,  0]])
@@ -285,7 +284,10 @@ def pad(pairs: list[TokenPair], indices: Sequence[int]) -> PaddedBatch:
     tensor([[0, 0, 1, 1, 1],
             [0, 0, 1, 1, 0]], dtype=torch.int32)
     """
-    prompts = [pair.prompt for pair in pairs] * 2
+    if indices is None:
+        indices = range(len(pairs))
+    prompts = [pair.prompt for pair in pairs]
+    prompts += prompts                                 # of the chosen ones, then of the rejected
     responses = [pair.chosen for pair in pairs]
     responses += [pair.rejected for pair in pairs]
     longest = 0
@@ -313,7 +315,7 @@ class PackedBatch(NamedTuple):
     only the chosen responses: B instead of 2B. int64 where nothing else is said.
     """
     tokens: Tensor                 # (R, T) the ids that the model reads
-    positions: Tensor              # (R, T) of each token in its text, the prompt with one response
+    positions: Tensor              # (R, T) of each token, counted from the start of its prompt
     sees: Tensor                   # (R, T, T) bool: at [r, t, s] whether t sees s, in row r
     predicts: Tensor               # (M,) the places that predict a token of a response
     targets: Tensor                # (M,) the ids that are predicted there
@@ -328,11 +330,11 @@ class PackedBatch(NamedTuple):
 
 
 class PairInRow(NamedTuple):
-    """A pair as it stands in a packed row, before it has a place there: lists of T tokens."""
-    tokens: list[int]              # (T,) the prompt, then each response without its last token
-    positions: list[int]           # (T,) of each token in its text
-    parts: list[int]               # (T,) 0 for the prompt, 1 for chosen, 2 for rejected
-    predicts: list[list[int]]      # of each response: where its tokens are predicted
+    """A pair as it stands in a packed row, before it has a place there: L tokens."""
+    tokens: list[int]              # (L,) the prompt, then each response without its last token
+    positions: list[int]           # (L,) of each token, counted from the start of the prompt
+    parts: list[int]               # (L,) 0 for the prompt, 1 for chosen, 2 for rejected
+    predicts: list[list[int]]      # of each response, for all its tokens: where they are predicted
 
 
 def lay_out(pair: TokenPair, sides: tuple[str, ...] = SIDES) -> PairInRow:
@@ -348,7 +350,7 @@ def lay_out(pair: TokenPair, sides: tuple[str, ...] = SIDES) -> PairInRow:
     [0, 1, 2, 3, 2]
     >>> laid_out.parts
     [0, 0, 1, 1, 2]
-    >>> laid_out.predicts  # 20 21 99 at 11 20 21; 30 99 at 11 30
+    >>> laid_out.predicts  # 20, 21 and 99 where 11, 20 and 21 stand; 30 and 99 where 11 and 30 do
     [[1, 2, 3], [1, 4]]
     """
     prompt_length = len(pair.prompt)
@@ -358,7 +360,7 @@ def lay_out(pair: TokenPair, sides: tuple[str, ...] = SIDES) -> PairInRow:
     predicts = []
     for part, side in enumerate(sides, start=1):
         response = getattr(pair, side)[:-1]
-        start = len(tokens)
+        start = len(tokens)                            # the response comes behind what is there
         stop = start + len(response)
         predicts.append([prompt_length - 1, *range(start, stop)])
         tokens.extend(response)
@@ -408,7 +410,7 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
             row, start = starts[number]
             columns = start + np.array(laid_out[number].predicts[side_number])
             responses.append(getattr(pair, side))
-            predicts.append(row * width + columns)
+            predicts.append(row * width + columns)                 # a place is row * T + column
     response_lengths = torch.tensor([len(response) for response in responses])
 
     indices = torch.as_tensor(indices, dtype=torch.int64)
@@ -436,15 +438,15 @@ def arrange(lengths: list[int]) -> tuple[int, int, list[tuple[int, int]]]:
     """How to lay pieces of these lengths in rows with little padding: how many rows, how long they
     are, and for each piece its row and first column.
 
-    Rows that are a little longer than the longest piece may leave less padding, so some lengths are
-    tried, up to a quarter above it. Much longer rows would cost time in attention, whose work grows
-    with the square of their length.
+    Rows that are a little longer than the longest piece may leave less padding, so nine lengths are
+    tried, from that of the longest piece up to a quarter more. Much longer rows would cost time in
+    attention, whose work grows with the square of their length.
     """
     longest = max(lengths)
     best = None
     fewest_places = math.inf
-    for extra in range(9):
-        width = longest + longest * extra // 32        # at last a quarter above it
+    for extra in range(9):                             # in 32nds of the longest
+        width = longest + longest * extra // 32
         row_count, starts = first_fit(lengths, width)
         if row_count * width < fewest_places:
             fewest_places = row_count * width
@@ -490,7 +492,7 @@ def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: in
         # With 3 updates an epoch, update number 5 is number 2 of epoch 1.
         epoch = update // updates_per_epoch
         number_in_epoch = update % updates_per_epoch
-        order = shuffled(len(pairs), seed, epoch)
+        order = shuffled(len(pairs), seed, epoch)      # anew for each update, as it takes no time
         first = number_in_epoch * batch_pairs
         indices = order[first:first + batch_pairs]
         yield list(micro_batches(pairs, indices, micro_pairs, reference_table, sides))
@@ -740,13 +742,15 @@ def try_until_whole(url: str, file: BinaryIO, label: str, sha256: str, tries: in
 
 
 def seconds_to_wait(response: requests.Response | None, failures: int) -> float:
-    """What the server says, in Retry-After or, as the hub does, in RateLimit; else 2**failures."""
+    """The seconds that the server asks for, in Retry-After or, as the hub does, in RateLimit (t=);
+    else 2**failures.
+    """
     if response is None:
         return 2**failures
     retry_after = response.headers.get("Retry-After", "")
     if retry_after.isdecimal():
         return int(retry_after)
-    try:                                           # a date is allowed, too
+    try:                                           # or it is a date
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     except (ValueError, TypeError):
         pass

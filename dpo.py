@@ -5,14 +5,14 @@ Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290). Read 
 1. the loss            dpo_loss is equation 7
 2. what goes into it   log-probabilities of responses, by the policy and by the reference
 3. what one watches    rewards, margins, accuracy
-4. training            the learning rate, one update, one validation, the check before the start;
-                       train_dpo joins them, all but the validation, for a model of your own
+4. training            the learning rate; the check before the start; train_dpo, the whole of it in
+                       its plainest form; then train_step and val_step, which train.py uses
 
 Sections 1 to 4 are DPO, whole. The rest is not needed to understand it:
 
 5. faster              the same log-probabilities without the arithmetic that padded rows waste
-6. other losses        of supervised fine-tuning; and those that were proposed after DPO's
-7. less memory         for the logits of section 5
+6. less memory         for the logits of section 5
+7. other losses        of supervised fine-tuning; and those that were proposed after DPO's
 8. an interval         for an accuracy, or any other share
 
 The letters in the shapes: B pairs, R rows (2B where each response has its own), T tokens of a
@@ -46,8 +46,11 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     response. `policy` is the model that trains, `reference` the same model before DPO began.
     beta is the price of leaving the reference: the larger it is, the closer the policy stays.
 
-    beta * log(pi / pi_ref) is called the implicit reward of a response. The loss is small where the
-    chosen response has a much larger one than the rejected one. (README.md tells why: DPO's idea.)
+    Why this loss? Every policy is the best one for some reward: for beta * log(pi / pi_ref), plus a
+    term that is the same for all responses to a prompt. This is called its implicit reward. By
+    Bradley and Terry's model people then prefer the chosen response with the probability
+    sigmoid(reward of chosen - reward of rejected), in which that term cancels. The loss is the
+    negative log of this probability. (README.md has the steps.)
 
     Returns the loss and the implicit rewards of both responses, (B,) each. The rewards are for
     logging, so they carry no gradient.
@@ -83,10 +86,9 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     is_response = mask[:, 1:]                          # (R, T-1): which of them count
 
     all_logps = logits.log_softmax(-1)                                     # (R, T-1, V)
+    # At each position, of the V numbers the one of the token that came.
     token_logps = all_logps.gather(-1, targets[:, :, None]).squeeze(-1)    # (R, T-1)
-    # Filled, not multiplied by 0: if a model gives the padding's token a logit of -inf, -inf * 0
-    # would be nan.
-    token_logps = token_logps.masked_fill(~is_response, 0.0)
+    token_logps = token_logps.masked_fill(~is_response, 0.0)       # not * 0, as -inf * 0 is nan
     return token_logps.sum(-1)                         # a sum, not a mean: of a whole response
 
 
@@ -115,7 +117,7 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
             return sequence_logps(model, batch.tokens, batch.mask)
 
     batches: objects of any kind with `indices` (B,) int64: the numbers of their pairs in the data
-    set, from 0 to pair_count - 1. A pair that is in no batch gets nan, and so does a loss with it.
+    set, from 0 to pair_count - 1. A pair that is in no batch gets nan.
     """
     table = torch.full((2, pair_count), math.nan)
     for batch in batches:
@@ -133,9 +135,9 @@ def reference_logps(logps_of: Callable[[nn.Module, object], Tensor], model: nn.M
 def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Tensor]:
     """The DPO loss, and what tells whether training goes well: a dict of (B,) tensors.
 
-    policy, reference (2B,): log-probabilities of the responses in nats, chosen first. The names of
-    the metrics, but for the last, are trl's, so that runs can be compared. Only "loss" carries a
-    gradient.
+    policy, reference (2B,): log-probabilities of the responses in nats, chosen first, as a model
+    computes them in one batch. The metrics have the names of Hugging Face's library trl, so that
+    runs can be compared. (chosen_below_reference is ours.) Only "loss" carries a gradient.
     """
     policy_chosen, policy_rejected = policy.chunk(2)                 # (B,) each
     reference_chosen, reference_rejected = reference.chunk(2)        # (B,) each
@@ -153,8 +155,8 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
         "rewards/accuracies": wins + ties / 2,                       # in trl a tie counts 0
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
-        # The loss sees only the margin, so it can fall although both rewards fall. So count the
-        # chosen responses that are less likely than under the reference: 1 for each, else 0.
+        # The loss sees only the margin, so it can fall although both rewards fall. Here is 1 where
+        # the chosen response is less likely than under the reference, else 0.
         "chosen_below_reference": (chosen_reward < 0).to(margin.dtype),
     }
 
@@ -167,9 +169,9 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     """The learning rate of update number `step`, which counts from 0 to total_steps - 1.
 
     It grows linearly to `peak` over the first warmup_steps updates. Then it falls along half a
-    cosine, from `peak` to final * peak at the last update. (Where the warm-up leaves no room for a
-    cosine, the rate stays at `peak`.) A warm-up begins with peak / warmup_steps, not 0: an update
-    with a rate of 0 would be wasted. The warm-up ends with `peak`, and the cosine begins with it:
+    cosine, from `peak` to final * peak at the last update. The warm-up begins with
+    peak / warmup_steps, not 0: an update with a rate of 0 would be wasted. It ends with `peak`, and
+    the cosine begins with it:
 
     >>> [cosine_lr(step, 1.0, 2, 5, final=0.0) for step in range(2)]  # the warm-up
     [0.5, 1.0]
@@ -180,11 +182,92 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
         return peak * (step + 1) / warmup_steps
 
     last = total_steps - 1
-    if last <= warmup_steps:                                      # no room, and no division by 0
-        return peak
-    done = (step - warmup_steps) / (last - warmup_steps)          # from 0 to 1
-    height = (1 + math.cos(math.pi * done)) / 2                   # from 1 to 0
+    length = max(1, last - warmup_steps)               # of the cosine; not 0, as it divides
+    done = (step - warmup_steps) / length              # from 0 to 1
+    height = (1 + math.cos(math.pi * done)) / 2        # from 1 to 0
     return peak * (final + (1 - final) * height)
+
+
+def check_start(policy: Tensor, reference: Tensor) -> None:
+    """Before the first update the policy must equal its reference. Raises ValueError if it doesn't.
+
+    policy, reference (2B,): log-probabilities in nats, of one and the same batch.
+
+    At this moment all rewards are 0, and dpo_loss is log 2. If they are not, training would still
+    run, towards a wrong goal. The check catches dropout that was left on, a reference that another
+    checkpoint gave, an adapter that changes the model before it has learnt anything, and a
+    reference of other pairs. It can't catch what is wrong in both alike, such as a wrong mask.
+
+    "Equal" allows for rounding: the mean of |policy - reference| may be 4 eps times the mean of
+    |reference|, where eps is float32's, 1.2e-7. (The 4 is our choice.) For responses of -100 nats
+    that is 5e-5.
+    """
+    difference = (policy - reference).abs().mean().item()
+    rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
+    if not difference <= 4 * rounding:                 # written so that nan is refused, too
+        raise ValueError(
+            f"before the first update the policy's log-probabilities differ from the reference's "
+            f"by {difference:.3g} nats on average, expected at most {4 * rounding:.3g}: look for "
+            f"dropout, for a reference of another model, of other data or from another machine, or "
+            f"for an adapter that changes the model at once")
+
+
+def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.1,
+              peak_lr: float = 1e-5) -> list[dict[str, float]]:
+    """DPO in its plainest form, of a model of your own: an update for each batch of each epoch.
+
+    model: from tokens (R, T) to logits (R, T, V), as the GPT2 of model.py is. A model of
+    `transformers` returns more than logits, so it needs a wrapper:
+
+        class Logits(nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
+
+            def forward(self, tokens):
+                return self.model(tokens).logits
+
+        train_dpo(Logits(model), batches)
+
+    batches: as data.pad makes them, moved to the model's device. Each has tokens and mask (2B, T),
+    first the B rows of the chosen responses, then those of the rejected ones.
+    peak_lr: the highest learning rate. The first tenth of the updates warms up to it.
+
+    The reference is the model as it comes. So a second call would have another reference.
+
+    Returns the metrics of each update, means over its pairs. The model stays in eval mode.
+    """
+    model.eval()                       # without dropout, which would be noise in the rewards
+
+    # What the reference says about each batch, asked once.
+    references = []
+    with torch.no_grad():
+        for batch in batches:
+            references.append(sequence_logps(model, batch.tokens, batch.mask))     # (2B,)
+
+    # The model was asked the same a moment ago. So what this finds, above all, is a model whose
+    # answers vary, as with dropout that eval() doesn't switch off.
+    with torch.no_grad():
+        policy = sequence_logps(model, batches[0].tokens, batches[0].mask)
+        check_start(policy, references[0])
+
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)    # its lr is set below
+    total_steps = epochs * len(batches)
+    warmup_steps = total_steps // 10
+    history = []
+    for step in range(total_steps):
+        number = step % len(batches)                   # each epoch has them in the same order
+        batch = batches[number]
+        policy = sequence_logps(model, batch.tokens, batch.mask)           # (2B,)
+        metrics = dpo_metrics(policy, references[number], beta)            # (B,) each
+
+        optimizer.zero_grad()
+        metrics["loss"].mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a longer gradient is shortened to 1
+        optimizer.param_groups[0]["lr"] = cosine_lr(step, peak_lr, warmup_steps, total_steps)
+        optimizer.step()
+        history.append(as_floats(mean_over_pairs([metrics])))
+    return history
 
 
 def mean_over_pairs(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -199,7 +282,7 @@ def mean_over_pairs(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def as_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
     """Tensors () as numbers. All are read at once: for each read, Python waits for the GPU."""
     values = torch.stack(list(metrics.values())).tolist()
-    return dict(zip(metrics, values, strict=True))
+    return dict(zip(metrics.keys(), values, strict=True))
 
 
 # loss_function(model, batch) -> the loss of each pair, (B,), and whatever else one watches, as
@@ -218,12 +301,12 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
         optimizer.step()
         optimizer.zero_grad()
 
-    What the function adds: a batch may come in parts, float16 may be used, and a loss that is not
-    finite does no harm.
+    What it adds to these lines: a batch may come in parts, float16 may be used, and a loss that is
+    not finite does no harm. train.py calls it for SFT and for DPO.
 
     micro_batches: the parts of one batch, small enough to go through the model one at a time.
-    Each is any object with `indices` (B,), which tell here how many pairs it has. The gradients of
-    the parts add up, so the update is that of one pass, but for rounding.
+    Each is any object with `indices` (B,), the numbers of its pairs, so that the pairs can be
+    counted. The gradients of the parts add up, so the update is that of one pass, but for rounding.
     loss_function: see LossFunction.
     max_norm: a longer gradient is shortened to this length.
     scaler: for float16 alone, whose small gradients would become 0: it multiplies the loss by a
@@ -253,6 +336,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     means["grad_norm"] = grad_norm
     result = as_floats(means)                          # the only wait for the GPU
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
+    # (scaler.step(optimizer) would decide that by the gradient alone, and would not tell.)
     if finite:
         optimizer.step()
     scaler.update()                    # the next factor: smaller if unscale_ has met inf or nan
@@ -269,91 +353,6 @@ def val_step(model: nn.Module, batches: Iterable, loss_function: LossFunction) -
     """
     parts = [loss_function(model, batch) for batch in batches]
     return as_floats(mean_over_pairs(parts))
-
-
-def check_start(policy: Tensor, reference: Tensor) -> None:
-    """Before the first update the policy must equal its reference. Raises ValueError if it doesn't.
-
-    policy, reference (2B,): log-probabilities in nats, of one and the same batch.
-
-    At this moment all rewards are 0 and the loss is log 2. If they are not, training would still
-    run, towards a wrong goal. The check catches dropout that was left on, a reference that another
-    checkpoint gave, an adapter that changes the model before it has learnt anything, and a
-    reference of other pairs. It can't catch what is wrong in both alike, such as a wrong mask.
-
-    "Equal" allows for rounding: on average the two may differ by 4 eps times |reference|, where eps
-    is float32's, about 1.2e-7. Faults make far larger differences.
-    """
-    difference = (policy - reference).abs().mean().item()
-    rounding = torch.finfo(torch.float32).eps * reference.abs().mean().item()
-    if not difference <= 4 * rounding:                 # written so that nan is refused, too
-        raise ValueError(
-            f"before the first update the policy's log-probabilities differ from the reference's "
-            f"by {difference:.3g} nats on average, expected at most {4 * rounding:.3g}: look for "
-            f"dropout, for a reference of another model, of other data or from another machine, or "
-            f"for an adapter that changes the model at once")
-
-
-def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.1,
-              peak: float = 1e-5) -> list[dict[str, float]]:
-    """DPO of a model of your own, from the parts above: an update for each batch of each epoch.
-
-    model: from tokens (R, T) to logits (R, T, V), as the GPT2 of model.py is. A model of
-    `transformers` returns more than logits, so it needs a wrapper:
-
-        class Logits(nn.Module):
-            def __init__(self, model):
-                super().__init__()
-                self.model = model
-
-            def forward(self, tokens):
-                return self.model(tokens).logits
-
-        train_dpo(Logits(model), batches)
-
-    batches: as data.pad makes them, moved to the model's device. Each has tokens and mask (2B, T),
-    first the B rows of the chosen responses, then those of the rejected ones; and indices (B,),
-    which number the pairs of all batches from 0.
-    peak: the highest learning rate. The first tenth of the updates, rounded down, warms up to it.
-
-    The reference is the model as it comes. So a second call would have another reference.
-
-    Returns what train_step returned for each update. The model stays in eval mode. train.py does
-    more: validation, early stopping, saves, and packed batches, which are faster.
-    """
-    model.eval()                       # without dropout, which would be noise in the rewards
-
-    def logps_of(model: nn.Module, batch: object) -> Tensor:
-        return sequence_logps(model, batch.tokens, batch.mask)                 # (2B,)
-
-    pair_count = sum(len(batch.indices) for batch in batches)
-    reference_table = reference_logps(logps_of, model, batches, pair_count)    # (2, pair_count)
-    reference_table = reference_table.to(batches[0].tokens.device)
-
-    def reference_of(batch: object) -> Tensor:
-        chosen = reference_table[0, batch.indices]                             # (B,)
-        rejected = reference_table[1, batch.indices]                           # (B,)
-        return torch.cat([chosen, rejected])                                   # (2B,)
-
-    def loss_function(model: nn.Module, batch: object) -> dict[str, Tensor]:
-        return dpo_metrics(logps_of(model, batch), reference_of(batch), beta)
-
-    # The model was asked the same a moment ago. So what this finds, above all, is a model whose
-    # answers vary, as with dropout that eval() doesn't switch off.
-    with torch.no_grad():
-        check_start(logps_of(model, batches[0]), reference_of(batches[0]))
-
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)        # its lr is set below
-    total_steps = epochs * len(batches)
-    warmup_steps = total_steps // 10
-    history = []
-    for step in range(total_steps):
-        batch = batches[step % len(batches)]           # in the same order each time
-        lr = cosine_lr(step, peak, warmup_steps, total_steps)
-        optimizer.param_groups[0]["lr"] = lr
-        metrics = train_step(model, [batch], optimizer, loss_function)         # one micro-batch
-        history.append(metrics)
-    return history
 
 
 # 5. The same numbers, faster --------------------------------------------------------------------
@@ -380,8 +379,8 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 # of its own pair, and r does not see c. So every token gets the same result as in its padded row,
 # but for rounding. train.py trains with packed batches.
 #
-# What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape in float32 on
-# two AVX2 cores (one update each; python tests/bench.py --only '^naive|^\+', commit d91942e):
+# What it brings, in seconds an update of 16 pairs of hh-rlhf, with GPT-2 124M's shape on two cores
+# (command and machine: "Speed" in results/README.md):
 #
 #     52.0    padded rows, by sequence_logps
 #     35.5    padded rows, with the logits of responses alone
@@ -433,16 +432,14 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
              [0, 0, 0, 0, 0, 0, 1]]], dtype=torch.int32)
 
     The responses are numbered 0 to 3: chosen of pair 0, chosen of pair 1, rejected of pair 0,
-    rejected of pair 1. In this order, here is each token of a response; the response that it
-    belongs to; and the place in the row that predicts it. 20 and 30 are both predicted at place 1,
-    where 11 stands, the last token of their prompt.
+    rejected of pair 1. In this order, here are the tokens of the responses; below each of them the
+    response that it belongs to; and below that the place in the row that predicts it. 20 and 30 are
+    both predicted at place 1, where 11 stands, the last token of their prompt.
 
-    >>> batch.targets
-    tensor([20, 21, 99, 40, 30, 31, 99, 41])
-    >>> batch.owner
-    tensor([0, 0, 0, 1, 2, 2, 2, 3])
-    >>> batch.predicts
-    tensor([1, 2, 3, 6, 1, 4, 5, 6])
+    >>> torch.stack([batch.targets, batch.owner, batch.predicts])
+    tensor([[20, 21, 99, 40, 30, 31, 99, 41],
+            [ 0,  0,  0,  1,  2,  2,  2,  3],
+            [ 1,  2,  3,  6,  1,  4,  5,  6]])
 
     The same four numbers as from padded rows:
 
@@ -488,89 +485,12 @@ def about_their_mean(rows: Tensor) -> Tensor:
 
     The logit of a token is h . row. GPT-2's logits lie near -100, where bfloat16's steps are 0.5.
     Without the mean row m they are h . row - h . m, and lie near 0, where the steps are fine. h . m
-    is the same for all tokens, so no probability changes.
+    is the same for all tokens, so no probability changes, and no derivative of one.
     """
     return rows - rows.mean(0)
 
 
-# 6. Other losses --------------------------------------------------------------------------------
-
-
-def sft_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
-    """The loss of the stage before DPO, supervised fine-tuning (SFT): nats a token, (B,).
-
-    Each response counts the same, however long it is: a few long ones must not decide.
-
-    chosen_logps (B,): log pi(response | prompt) of the chosen responses. chosen_lengths (B,) int64:
-    their lengths in tokens.
-    """
-    return -chosen_logps / chosen_lengths
-
-
-VARIANTS = ("sigmoid", "robust", "ipo", "hinge", "sigmoid_norm")
-USES_SMOOTHING = ("sigmoid", "robust")                 # those that have a use for label_smoothing
-
-
-def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, beta: float,
-                 variant: str, label_smoothing: float = 0.0) -> Tensor:
-    """The loss of each pair, (B,), in the form that others have proposed, under trl's names.
-
-    policy, reference (2B,): log-probabilities in nats, chosen first. response_lengths (2B,) int64:
-    of each response in tokens, for the variants that take means over tokens. label_smoothing: the
-    share of labels that are believed to be wrong. Raises ValueError for options that check_variant
-    refuses.
-    """
-    check_variant(variant, label_smoothing)
-    log_ratio = policy - reference                                # (2B,)
-    chosen, rejected = log_ratio.chunk(2)                         # (B,) each
-    margin = beta * (chosen - rejected)                           # the difference of the rewards
-    right = -F.logsigmoid(margin)                                 # the loss if the label is right
-    wrong = -F.logsigmoid(-margin)                                # and if it is wrong
-    # The same with means over the tokens of a response, in nats a token.
-    chosen_mean, rejected_mean = (log_ratio / response_lengths).chunk(2)               # (B,) each
-
-    if variant == "sigmoid":
-        # Without label_smoothing this is dpo_loss, equation 7. With it, it is the conservative DPO
-        # of Mitchell 2023: the loss is lowest where sigmoid(margin) is 1 - label_smoothing, so a
-        # margin doesn't grow without end.
-        return (1 - label_smoothing) * right + label_smoothing * wrong
-
-    if variant == "robust":
-        # Chowdhury et al. 2024 (arXiv:2403.00409). Where a share e = label_smoothing of the labels
-        # is wrong, the mean of this loss is what equation 7 would give with right labels. For a
-        # wrong label exchanges right and wrong, and in the mean over labels wrong cancels:
-        #     (1 - e) * ((1 - e) * right - e * wrong) + e * ((1 - e) * wrong - e * right)
-        #         = (1 - 2 * e) * right
-        return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
-
-    if variant == "ipo":
-        # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the log-ratios has a
-        # goal, 1 / (2 beta), in place of growing without end. The paper has sums over tokens. Like
-        # trl, we take means, so the goal is in nats a token here.
-        return (chosen_mean - rejected_mean - 1 / (2 * beta)) ** 2
-
-    if variant == "hinge":
-        # Liu et al. 2023 (arXiv:2309.06657): the hinge loss of SLiC on DPO's rewards.
-        return F.relu(1 - margin)
-
-    assert variant == "sigmoid_norm", variant
-    # Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in place of sums,
-    # against the bias to long responses.
-    return -F.logsigmoid(beta * (chosen_mean - rejected_mean))
-
-
-def check_variant(variant: str, label_smoothing: float) -> None:
-    """Raises ValueError for an unknown variant, and for a label_smoothing that it can't use."""
-    if variant not in VARIANTS:
-        raise ValueError(f"the variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 or more, below 0.5")
-    if label_smoothing > 0 and variant not in USES_SMOOTHING:
-        raise ValueError(f"label_smoothing is {label_smoothing}, but the variant {variant} has no "
-                         f"use for it: expected {' or '.join(USES_SMOOTHING)}")
-
-
-# 7. Less memory for packed_logps ----------------------------------------------------------------
+# 6. Less memory for packed_logps ----------------------------------------------------------------
 
 
 class TargetLogps(torch.autograd.Function):
@@ -579,13 +499,16 @@ class TargetLogps(torch.autograd.Function):
     hidden (M, C), head (V, C), targets (M,) int64. Logits exist for `piece` predictions at a time.
 
     Autograd would keep all V x M numbers of log_softmax for the backward pass. So here the backward
-    pass is written by hand, from the derivative that is known of cross-entropy: that of log
-    p(target) by the logits is one_hot(target) - softmax. Below it is called error, (V, M).
+    pass is written by hand. From cross-entropy the derivative of log p(target) by the logits is
+    known: one_hot(target) - softmax. Call it error, (V, M), and let grad (M,) be the derivative of
+    the loss by each log p. Then the derivatives of the loss are
 
-    hidden's gradient is the error times the head, times what the loss makes of each log p. The
-    product with the head is made in the forward pass, while the error is there. The head's gradient
-    is a sum over the predictions, which can be made only when it is known what the loss makes of
-    each. So the backward pass makes the error once more; but only if the head trains.
+        by hidden    grad[:, None] * (error.T @ head)                          (M, C)
+        by head      error @ (grad[:, None] * hidden)                          (V, C)
+
+    In the first, error.T @ head is made in the forward pass, while the error is there: it doesn't
+    need grad, which only the backward pass is told. For the second, the backward pass makes the
+    error once more; but only if the head trains. (If it trains, hidden has a gradient, too.)
     """
 
     @staticmethod
@@ -624,18 +547,92 @@ def logps_and_error(h: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Te
     """log p of the targets, (piece,); and its derivative by the logits, the error one_hot -
     softmax, (V, piece), in the number format of h.
 
-    h (piece, C), head (V, C), target (piece,). There is one large array, which each line changes in
-    place. To its right stands what it then holds.
+    h (piece, C), head (V, C), target (piece,).
     """
-    array = at_least_float32(head @ h.T)               # (V, piece): logits
-    array -= array.amax(0)                             # logits up to 0, so that no exp is too large
-    target_logits = array.gather(0, target[None, :]).squeeze(0)              # (piece,), a copy
-    array.exp_()                                       # exp(logits)
-    z = array.sum(0)                                                         # (piece,)
-    array /= -z                                        # -softmax
-    column = torch.arange(len(target), device=target.device)
-    array[target, column] += 1                         # one_hot - softmax
-    return target_logits - z.log(), array.to(h.dtype)
+    logits = at_least_float32(head @ h.T)                                    # (V, piece)
+    log_z = logits.logsumexp(0)                                              # (piece,)
+    logps = logits.gather(0, target[None, :]).squeeze(0) - log_z             # (piece,)
+
+    # In place, as each of these arrays is large: the logits become softmax, then the error.
+    softmax = logits.sub_(log_z).exp_()
+    error = softmax.neg_()
+    error[target, torch.arange(len(target), device=target.device)] += 1
+    return logps, error.to(h.dtype)
+
+
+# 7. Other losses --------------------------------------------------------------------------------
+
+
+def sft_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
+    """The loss of the stage before DPO, supervised fine-tuning (SFT): nats a token, (B,).
+
+    It is a mean over the tokens of each response. So, unlike in a mean over all tokens of a batch,
+    a long response counts no more than a short one.
+
+    chosen_logps (B,): log pi(response | prompt) of the chosen responses. chosen_lengths (B,) int64:
+    their lengths in tokens.
+    """
+    return -chosen_logps / chosen_lengths
+
+
+VARIANTS = ("sigmoid", "robust", "ipo", "hinge", "sigmoid_norm")
+USES_SMOOTHING = ("sigmoid", "robust")                 # those that have a use for label_smoothing
+
+
+def variant_loss(policy: Tensor, reference: Tensor, response_lengths: Tensor, beta: float,
+                 variant: str, label_smoothing: float = 0.0) -> Tensor:
+    """The loss of each pair, (B,), in the form that others have proposed, under trl's names.
+
+    policy, reference (2B,): log-probabilities in nats, chosen first. response_lengths (2B,) int64:
+    of each response in tokens, for the variants that take means over tokens. label_smoothing: the
+    share of labels that are believed to be wrong. Raises ValueError for options that check_variant
+    refuses.
+    """
+    check_variant(variant, label_smoothing)
+    log_ratio = policy - reference                                # (2B,)
+    chosen, rejected = log_ratio.chunk(2)                         # (B,) each
+    margin = beta * (chosen - rejected)                           # the difference of the rewards
+    right = -F.logsigmoid(margin)                                 # the loss if the label is right
+    wrong = -F.logsigmoid(-margin)                                # and if it is wrong
+    # The same with means over the tokens of a response, in nats a token.
+    chosen_mean, rejected_mean = (log_ratio / response_lengths).chunk(2)               # (B,) each
+
+    if variant == "sigmoid":
+        # Without label_smoothing this is dpo_loss, equation 7. With it, it is the conservative DPO
+        # of Mitchell 2023: the loss is lowest where sigmoid(margin) is 1 - label_smoothing, so a
+        # margin doesn't grow without end.
+        return (1 - label_smoothing) * right + label_smoothing * wrong
+
+    if variant == "robust":
+        # Chowdhury et al. 2024 (arXiv:2403.00409): where a share label_smoothing of the labels is
+        # wrong, the mean of this loss is what the mean of equation 7 would be with right labels.
+        return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+
+    if variant == "ipo":
+        # Azar et al. 2023 (arXiv:2310.12036), equation 17: the difference of the log-ratios has a
+        # goal, 1 / (2 beta), in place of growing without end. The paper has sums over tokens. Like
+        # trl, we take means, so the goal is in nats a token here.
+        return (chosen_mean - rejected_mean - 1 / (2 * beta)) ** 2
+
+    if variant == "hinge":
+        # Liu et al. 2023 (arXiv:2309.06657): the hinge loss of SLiC on DPO's rewards.
+        return F.relu(1 - margin)
+
+    assert variant == "sigmoid_norm", variant
+    # Lambert et al. 2024 (arXiv:2411.15124): equation 7 with means over tokens in place of sums,
+    # against the bias to long responses.
+    return -F.logsigmoid(beta * (chosen_mean - rejected_mean))
+
+
+def check_variant(variant: str, label_smoothing: float) -> None:
+    """Raises ValueError for an unknown variant, and for a label_smoothing that it can't use."""
+    if variant not in VARIANTS:
+        raise ValueError(f"the variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 or more, below 0.5")
+    if label_smoothing > 0 and variant not in USES_SMOOTHING:
+        raise ValueError(f"label_smoothing is {label_smoothing}, but the variant {variant} has no "
+                         f"use for it: expected {' or '.join(USES_SMOOTHING)}")
 
 
 # 8. An interval for shares ----------------------------------------------------------------------
@@ -644,7 +641,8 @@ def logps_and_error(h: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Te
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     """The 95% interval of a share: what it may be, given that `count` samples had this mean.
 
-    Wilson 1927 (JASA 22, p. 209). DPO does without it, but whoever reports an accuracy should not.
+    Wilson 1927 (JASA 22, p. 209); the formula stands under "Binomial proportion confidence
+    interval" in Wikipedia. DPO does without it, but whoever reports an accuracy should not.
     The usual mean +- 1.96 standard errors has no width where all samples agree; this interval still
     has some, as two of two is no proof.
 
@@ -660,12 +658,9 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
         raise ValueError(f"a mean of {mean} over {count} samples: expected a mean from 0 to 1, "
                          f"over at least one sample")
     z = 1.959964                                       # 95% of a normal distribution lie within z
-    # A share p is in the interval if the mean lies within z standard errors of it:
-    #     (mean - p)**2 <= z**2 * p * (1 - p) / count
-    # Its ends are the two p that make this an equation, a * p**2 - b * p + mean**2 = 0, with
-    a = 1 + z**2 / count
-    b = 2 * mean + z**2 / count
-    root = math.sqrt(max(0.0, b**2 - 4 * a * mean**2))  # rounding may make it negative
-    low = (b - root) / (2 * a)
-    high = (b + root) / (2 * a)
-    return max(0.0, low), min(1.0, high)               # and push these out of [0, 1]
+    shrink = 1 + z**2 / count
+    center = (mean + z**2 / (2 * count)) / shrink
+    half_width = z / shrink * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
+    low = center - half_width
+    high = center + half_width
+    return max(0.0, low), min(1.0, high)               # rounding may push them out of [0, 1]

@@ -33,7 +33,7 @@ class GPT2Config:
     n_layer: int = 12
     n_head: int = 12               # divides n_embd
     n_embd: int = 768
-    n_positions: int = 1024        # the context: the longest row, in tokens
+    n_positions: int = 1024        # the context: the longest text, in tokens
     vocab_size: int = 50257
     n_inner: int = 3072            # the neurons of an MLP
     layer_norm_epsilon: float = 1e-5

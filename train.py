@@ -231,7 +231,8 @@ def train(config: Config) -> int:
             reference_tables[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))
 
     # From here on the model is the policy. Until the next fit it still is its reference. Check that
-    # on the very batch that the reference had first: eval_batches gives the same ones at each call.
+    # on the very batch that the reference had first, of the shortest pairs: eval_batches gives the
+    # same ones at each call.
     # (Not where a run goes on, perhaps on another machine, which rounds differently.)
     if config.adapter != "replace":
         add_adapters(model, config.adapter, config.adapter_width)
@@ -297,11 +298,11 @@ def epochs_for(pairs: int, batch_pairs: int) -> int:
 # - fit puts the weights, the optimizer, the scaler and the State back. data.batches goes on with
 #   update number state.step, as the pairs of an update follow from the seed and its number alone.
 #
-# So the updates after the last save are made once more; on a CPU with the same numbers, to the bit.
-# Without a last.pt the run begins anew.
+# So the updates after the last save are made once more. On a CPU they give the same numbers, to the
+# bit. (Killed after SFT's last save, a run goes on in SFT, which ends at once. Without a last.pt it
+# begins anew.)
 
 MAX_SKIPPED = 20               # so many skipped updates in a row end a run
-NOTHING_KEPT = "no validation had a finite loss, so no weights were kept"
 
 
 @dataclass
@@ -406,12 +407,9 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
             metrics["lr"] = lr
             state.window.append(metrics)
         if state.skipped_in_a_row == MAX_SKIPPED:
-            kept = f"the best weights so far are in {best_folder}"
-            if math.isinf(state.best_loss):
-                kept = NOTHING_KEPT
             raise FloatingPointError(
                 f"{MAX_SKIPPED} updates in a row, up to number {state.step}, had no finite loss "
-                f"and gradient; {kept}; try a lower rate")
+                f"and gradient; {what_is_kept(state, best_folder)}; try a lower rate")
 
         # A line of the log: means over the updates since the last line. The time that is left
         # counts validations and saves, too.
@@ -429,14 +427,21 @@ def fit(config: Config, machine: Machine, run: Run, stage: str, model: GPT2,
             save_last(run, stage, model, optimizer, scaler, reference_tables, state)
 
     if math.isinf(state.best_loss):
-        raise FloatingPointError(f"{stage} ended after update {state.step}, but {NOTHING_KEPT}; "
-                                 f"try a lower rate")
+        raise FloatingPointError(f"{stage} ended after update {state.step}, but "
+                                 f"{what_is_kept(state, best_folder)}; try a lower rate")
     why = "all updates were made"
     if state.step < total_steps:
         why = f"{config.patience} validations in a row brought no lower loss"
     print(f"stop   {stage} {state.step}/{total_steps} | {why} | {state.skipped} updates skipped | "
           f"best loss {state.best_loss:.4f} at {state.best_step}: {best_folder}", flush=True)
     return state
+
+
+def what_is_kept(state: State, best_folder: Path) -> str:
+    """For a message: where the best weights are, if there are any."""
+    if math.isinf(state.best_loss):
+        return "no validation had a finite loss, so no weights were kept"
+    return f"the best weights so far are in {best_folder}"
 
 
 def mean_metrics(window: list[dict[str, float]]) -> dict[str, float]:

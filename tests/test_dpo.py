@@ -330,7 +330,7 @@ def test_train_dpo_is_its_lines_by_hand():
     batches[2] = SimpleNamespace(tokens=batches[2].tokens[rows], mask=batches[2].mask[rows],
                                  indices=batches[2].indices[:5])
     names = {"nn": nn, "dpo": dpo, "model": model, "batches": batches}
-    exec(docstring_lines().replace("batches)", "batches, 2, beta=0.3, peak=1e-2)"), names)
+    exec(docstring_lines().replace("batches)", "batches, 2, beta=0.3, peak_lr=1e-2)"), names)
     history = names["history"]
 
     optimizer = torch.optim.AdamW(by_hand.parameters(), weight_decay=0.0)
