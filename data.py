@@ -287,7 +287,7 @@ def pad(pairs: list[TokenPair], indices: Sequence[int] | None = None) -> PaddedB
     if indices is None:
         indices = range(len(pairs))
     prompts = [pair.prompt for pair in pairs]
-    prompts += prompts                                 # of the chosen ones, then of the rejected
+    prompts = prompts + prompts                        # of the chosen ones, then of the rejected
     responses = [pair.chosen for pair in pairs]
     responses += [pair.rejected for pair in pairs]
     longest = 0
@@ -307,7 +307,7 @@ def pad(pairs: list[TokenPair], indices: Sequence[int] | None = None) -> PaddedB
 
 class PackedBatch(NamedTuple):
     """B pairs, packed: rows of several pairs, each with its prompt, its chosen response and its
-    rejected response, one after the other. A mask, `sees`, keeps them apart.
+    rejected response, one after the other. attn_mask keeps them apart.
 
     A response stands there without its last token, from which nothing is predicted. The docstring
     of dpo.packed_logps shows a batch with its numbers. A place is a cell of the R x T tokens,
@@ -316,9 +316,9 @@ class PackedBatch(NamedTuple):
     """
     tokens: Tensor                 # (R, T) the ids that the model reads
     positions: Tensor              # (R, T) of each token, counted from the start of its prompt
-    sees: Tensor                   # (R, T, T) bool: at [r, t, s] whether t sees s, in row r
-    predicts: Tensor               # (M,) the places that predict a token of a response
-    targets: Tensor                # (M,) the ids that are predicted there
+    attn_mask: Tensor              # (R, T, T) bool: at [r, t, s] whether t sees s, in row r
+    targets: Tensor                # (M,) the ids of all responses' tokens, response by response
+    predicted_at: Tensor           # (M,) the place where each of them is predicted
     owner: Tensor                  # (M,) the response, 0 to 2B - 1, to which the target belongs
     response_lengths: Tensor       # (2B,) how many tokens each response has
     indices: Tensor                # (B,) the pairs' numbers in the data set
@@ -334,7 +334,7 @@ class PairInRow(NamedTuple):
     tokens: list[int]              # (L,) the prompt, then each response without its last token
     positions: list[int]           # (L,) of each token, counted from the start of the prompt
     parts: list[int]               # (L,) 0 for the prompt, 1 for chosen, 2 for rejected
-    predicts: list[list[int]]      # of each response, for all its tokens: where they are predicted
+    predicted_at: list[list[int]]  # of each response: where in this list its tokens are predicted
 
 
 def lay_out(pair: TokenPair, sides: tuple[str, ...] = SIDES) -> PairInRow:
@@ -350,23 +350,23 @@ def lay_out(pair: TokenPair, sides: tuple[str, ...] = SIDES) -> PairInRow:
     [0, 1, 2, 3, 2]
     >>> laid_out.parts
     [0, 0, 1, 1, 2]
-    >>> laid_out.predicts  # 20, 21 and 99 where 11, 20 and 21 stand; 30 and 99 where 11 and 30 do
+    >>> laid_out.predicted_at  # 20 21 99 where 11 20 21 stand; 30 99 where 11 30 stand
     [[1, 2, 3], [1, 4]]
     """
     prompt_length = len(pair.prompt)
     tokens = list(pair.prompt)
     positions = list(range(prompt_length))
     parts = [0] * prompt_length
-    predicts = []
+    predicted_at = []
     for part, side in enumerate(sides, start=1):
         response = getattr(pair, side)[:-1]
         start = len(tokens)                            # the response comes behind what is there
         stop = start + len(response)
-        predicts.append([prompt_length - 1, *range(start, stop)])
+        predicted_at.append([prompt_length - 1, *range(start, stop)])
         tokens.extend(response)
         positions.extend(range(prompt_length, prompt_length + len(response)))
         parts.extend([part] * len(response))
-    return PairInRow(tokens, positions, parts, predicts)
+    return PairInRow(tokens, positions, parts, predicted_at)
 
 
 def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor | None = None,
@@ -393,24 +393,24 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
         parts[row, start:stop] = pair.parts
         pair_numbers[row, start:stop] = number
 
-    # sees[r, t, s]: t sees s if both are of one pair, s is of the prompt or of the same response as
-    # t, and s does not come after t. (The padding sees padding. Nobody reads what comes of it, but
-    # it must see something: a softmax over nothing would be nan.)
+    # t sees s, in row r, if both are of one pair, s is of the prompt or of the same response as t,
+    # and s does not come after t. (The padding sees padding. Nobody reads what comes of it, but it
+    # must see something: a softmax over nothing would be nan.)
     same_pair = pair_numbers[:, :, None] == pair_numbers[:, None, :]  # (R, T, T)
     same_part = parts[:, :, None] == parts[:, None, :]             # (R, T, T)
     in_prompt = parts[:, None, :] == 0                             # (R, 1, T): is s in a prompt?
     not_after = np.tri(width, dtype=bool)                          # (T, T): True where s <= t
-    sees = same_pair & (in_prompt | same_part) & not_after
+    attn_mask = same_pair & (in_prompt | same_part) & not_after
 
     # Response by response, chosen first: its tokens, and the places that predict them.
     responses = []
-    predicts = []
+    predicted_at = []
     for side_number, side in enumerate(sides):
         for number, pair in enumerate(pairs):
             row, start = starts[number]
-            columns = start + np.array(laid_out[number].predicts[side_number])
+            columns = start + np.array(laid_out[number].predicted_at[side_number])
             responses.append(getattr(pair, side))
-            predicts.append(row * width + columns)                 # a place is row * T + column
+            predicted_at.append(row * width + columns)             # a place is row * T + column
     response_lengths = torch.tensor([len(response) for response in responses])
 
     indices = torch.as_tensor(indices, dtype=torch.int64)
@@ -424,9 +424,9 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
-        sees=torch.from_numpy(sees),
-        predicts=torch.from_numpy(np.concatenate(predicts)),
+        attn_mask=torch.from_numpy(attn_mask),
         targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)),
+        predicted_at=torch.from_numpy(np.concatenate(predicted_at)),
         owner=torch.arange(len(responses)).repeat_interleave(response_lengths),
         response_lengths=response_lengths,
         indices=indices,
@@ -445,8 +445,8 @@ def arrange(lengths: list[int]) -> tuple[int, int, list[tuple[int, int]]]:
     longest = max(lengths)
     best = None
     fewest_places = math.inf
-    for extra in range(9):                             # in 32nds of the longest
-        width = longest + longest * extra // 32
+    for thirty_seconds in range(32, 41):
+        width = longest * thirty_seconds // 32         # from 32/32 to 40/32 of the longest
         row_count, starts = first_fit(lengths, width)
         if row_count * width < fewest_places:
             fewest_places = row_count * width

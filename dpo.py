@@ -46,11 +46,11 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     response. `policy` is the model that trains, `reference` the same model before DPO began.
     beta is the price of leaving the reference: the larger it is, the closer the policy stays.
 
-    Why this loss? Every policy is the best one for some reward: for beta * log(pi / pi_ref), plus a
-    term that is the same for all responses to a prompt. This is called its implicit reward. By
-    Bradley and Terry's model people then prefer the chosen response with the probability
-    sigmoid(reward of chosen - reward of rejected), in which that term cancels. The loss is the
-    negative log of this probability. (README.md has the steps.)
+    Why this loss? RLHF looks for the policy with the highest mean reward - beta * KL(pi || pi_ref).
+    Turned round: a given policy is the best one for the reward beta * log(pi / pi_ref), which is
+    called its implicit reward. By Bradley and Terry's model people then prefer the chosen response
+    with the probability sigmoid(reward of chosen - reward of rejected). The loss is the negative
+    log of this probability. (README.md has the steps.)
 
     Returns the loss and the implicit rewards of both responses, (B,) each. The rewards are for
     logging, so they carry no gradient.
@@ -82,11 +82,11 @@ def sequence_logps(model: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
     """
     logits = model(tokens[:, :-1])                     # (R, T-1, V): position t predicts token t+1
     logits = at_least_float32(logits)                  # softmax and sum in float32
-    targets = tokens[:, 1:]                            # (R, T-1): the tokens that came
+    targets = tokens[:, 1:]                            # (R, T-1): what position t must predict
     is_response = mask[:, 1:]                          # (R, T-1): which of them count
 
     all_logps = logits.log_softmax(-1)                                     # (R, T-1, V)
-    # At each position, of the V numbers the one of the token that came.
+    # gather picks, at each position, the log-probability of the target.
     token_logps = all_logps.gather(-1, targets[:, :, None]).squeeze(-1)    # (R, T-1)
     token_logps = token_logps.masked_fill(~is_response, 0.0)       # not * 0, as -inf * 0 is nan
     return token_logps.sum(-1)                         # a sum, not a mean: of a whole response
@@ -152,10 +152,10 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,
         "rewards/margins": margin,
-        "rewards/accuracies": wins + ties / 2,                       # in trl a tie counts 0
+        "rewards/accuracies": wins + ties / 2,                       # so 0.5 at the start
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
-        # The loss sees only the margin, so it can fall although both rewards fall. Here is 1 where
+        # The loss sees only the margin, so it can fall although both rewards fall. This is 1 where
         # the chosen response is less likely than under the reference, else 0.
         "chosen_below_reference": (chosen_reward < 0).to(margin.dtype),
     }
@@ -171,7 +171,7 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
     It grows linearly to `peak` over the first warmup_steps updates. Then it falls along half a
     cosine, from `peak` to final * peak at the last update. The warm-up begins with
     peak / warmup_steps, not 0: an update with a rate of 0 would be wasted. It ends with `peak`, and
-    the cosine begins with it:
+    the cosine begins with it. (A cosine of a single update has `peak`.)
 
     >>> [cosine_lr(step, 1.0, 2, 5, final=0.0) for step in range(2)]  # the warm-up
     [0.5, 1.0]
@@ -193,8 +193,8 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 
     policy, reference (2B,): log-probabilities in nats, of one and the same batch.
 
-    At this moment all rewards are 0, and dpo_loss is log 2. If they are not, training would still
-    run, towards a wrong goal. The check catches dropout that was left on, a reference that another
+    At this moment all rewards are 0, and dpo_loss is log 2. Otherwise training would still run,
+    towards a wrong goal. The check catches dropout that was left on, a reference that another
     checkpoint gave, an adapter that changes the model before it has learnt anything, and a
     reference of other pairs. It can't catch what is wrong in both alike, such as a wrong mask.
 
@@ -239,7 +239,8 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
     """
     model.eval()                       # without dropout, which would be noise in the rewards
 
-    # What the reference says about each batch, asked once.
+    # What the reference says about each batch, asked once. (train.py shuffles the pairs in each
+    # epoch, so it makes a table of all pairs: reference_logps.)
     references = []
     with torch.no_grad():
         for batch in batches:
@@ -261,12 +262,12 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
         policy = sequence_logps(model, batch.tokens, batch.mask)           # (2B,)
         metrics = dpo_metrics(policy, references[number], beta)            # (B,) each
 
-        optimizer.zero_grad()
         metrics["loss"].mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a longer gradient is shortened to 1
         optimizer.param_groups[0]["lr"] = cosine_lr(step, peak_lr, warmup_steps, total_steps)
         optimizer.step()
-        history.append(as_floats(mean_over_pairs([metrics])))
+        optimizer.zero_grad()
+        history.append({name: values.mean().item() for name, values in metrics.items()})
     return history
 
 
@@ -285,8 +286,8 @@ def as_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(metrics.keys(), values, strict=True))
 
 
-# loss_function(model, batch) -> the loss of each pair, (B,), and whatever else one watches, as
-# dpo_metrics returns it: a dict of tensors with the key "loss".
+# loss_function(model, batch) returns a dict of tensors (B,), as dpo_metrics does. "loss" is trained
+# on, the others are watched.
 LossFunction = Callable[[nn.Module, object], dict[str, Tensor]]
 
 
@@ -336,9 +337,8 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     means["grad_norm"] = grad_norm
     result = as_floats(means)                          # the only wait for the GPU
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
-    # (scaler.step(optimizer) would decide that by the gradient alone, and would not tell.)
     if finite:
-        optimizer.step()
+        scaler.step(optimizer)                         # optimizer.step()
     scaler.update()                    # the next factor: smaller if unscale_ has met inf or nan
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
@@ -410,6 +410,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     >>> batch = data.pack(pairs, indices=[0, 1])
 
     The row holds pair 0, then of pair 1 only the prompt: the last token of a response is left out.
+    (data.arrange has made the row a little longer than pair 0, so that pair 1 fits in.)
 
     >>> batch.tokens
     tensor([[10, 11, 20, 21, 30, 31, 12]])
@@ -422,7 +423,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     Which tokens (across) does each token (down) see? 30 and 31 see the prompt, but not 20 and 21.
     12, of the other pair, sees itself alone.
 
-    >>> batch.sees.int()
+    >>> batch.attn_mask.int()
     tensor([[[1, 0, 0, 0, 0, 0, 0],
              [1, 1, 0, 0, 0, 0, 0],
              [1, 1, 1, 0, 0, 0, 0],
@@ -433,10 +434,10 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
 
     The responses are numbered 0 to 3: chosen of pair 0, chosen of pair 1, rejected of pair 0,
     rejected of pair 1. In this order, here are the tokens of the responses; below each of them the
-    response that it belongs to; and below that the place in the row that predicts it. 20 and 30 are
-    both predicted at place 1, where 11 stands, the last token of their prompt.
+    response that it belongs to; and below that the place in the row where it is predicted. 20 and
+    30 are both predicted at place 1, where 11 stands, the last token of their prompt.
 
-    >>> torch.stack([batch.targets, batch.owner, batch.predicts])
+    >>> torch.stack([batch.targets, batch.owner, batch.predicted_at])
     tensor([[20, 21, 99, 40, 30, 31, 99, 41],
             [ 0,  0,  0,  1,  2,  2,  2,  3],
             [ 1,  2,  3,  6,  1,  4,  5,  6]])
@@ -449,9 +450,9 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     >>> torch.allclose(packed_logps(model, batch), plain)
     True
     """
-    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.sees)  # (R, T, C)
+    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.attn_mask)  # (R, T, C)
     hidden = hidden.flatten(0, 1)                      # (R * T, C): one for each place
-    hidden = hidden.index_select(0, batch.predicts)    # (M, C): those that predict a response
+    hidden = hidden.index_select(0, batch.predicted_at)    # (M, C): those that predict a response
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding
 
     # Cast here: TargetLogps has a backward pass of its own, in which autocast would cast nothing.
@@ -508,7 +509,8 @@ class TargetLogps(torch.autograd.Function):
 
     In the first, error.T @ head is made in the forward pass, while the error is there: it doesn't
     need grad, which only the backward pass is told. For the second, the backward pass makes the
-    error once more; but only if the head trains. (If it trains, hidden has a gradient, too.)
+    error once more; but only if the head trains. (Whenever it does, hidden has a gradient, too. So
+    forward may look at hidden alone.)
     """
 
     @staticmethod

@@ -51,25 +51,25 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, sees: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Rows of tokens: (R, T, C) -> (R, T, C).
 
-        sees (R, T, T) bool: whether token t of row r sees its token s, at [r, t, s]. If it is left
-        out, a token sees itself and those before it.
+        attn_mask (R, T, T) bool: at [r, t, s] whether token t of row r sees its token s. If it is
+        left out, a token sees itself and those before it.
 
         scaled_dot_product_attention is a faster form of these lines:
 
-            if sees is None:
-                sees = torch.ones(R, T, T, dtype=torch.bool).tril()    # where s <= t
-            scores = q @ k.transpose(-2, -1) / math.sqrt(D)            # (R, H, T, T)
-            scores = scores.masked_fill(~sees[:, None], -math.inf)     # the same for all heads
-            y = scores.softmax(-1) @ v                                 # (R, H, T, D)
+            if attn_mask is None:
+                attn_mask = torch.ones(R, T, T, dtype=torch.bool).tril()   # where s <= t
+            scores = q @ k.transpose(-2, -1) / math.sqrt(D)                # (R, H, T, T)
+            scores = scores.masked_fill(~attn_mask[:, None], -math.inf)    # the same for all heads
+            y = scores.softmax(-1) @ v                                     # (R, H, T, D)
         """
         q, k, v = self.heads(self.c_attn(x))                           # (R, H, T, D) each
-        if sees is None:
+        if attn_mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None])
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask[:, None])
         y = y.transpose(1, 2).flatten(2)                               # (R, T, C)
         return self.c_proj(y)
 
@@ -106,8 +106,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config.n_embd, config.n_inner)
 
-    def forward(self, x: Tensor, sees: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), sees)
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attn_mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -166,15 +166,15 @@ class GPT2(nn.Module):
         x = self.ln_f(x)
         return self.logits(x)
 
-    def packed_hidden(self, tokens: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
+    def packed_hidden(self, tokens: Tensor, positions: Tensor, attn_mask: Tensor) -> Tensor:
         """forward without the head, for rows that hold several texts each: (R, T) -> (R, T, C).
 
-        positions (R, T) int64: of each token in its text, below the context's length. sees (R, T,
-        T) bool: which tokens each token sees. dpo.packed_logps shows such rows.
+        positions (R, T) int64: of each token in its text, below the context's length.
+        attn_mask (R, T, T) bool: which tokens each token sees. dpo.packed_logps shows such rows.
         """
         x = self.wte(tokens) + self.wpe(positions)                    # (R, T, C)
         for block in self.h:
-            x = block(x, sees)
+            x = block(x, attn_mask)
         return self.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -360,11 +360,11 @@ def cached_attention(attn: CausalSelfAttention, x: Tensor, positions: Tensor, ke
 
     places = torch.arange(keys.shape[1], device=x.device)          # (S,)
     own_place = positions[:, None, :, None]                        # (R, 1, T, 1)
-    sees = places <= own_place                                     # (R, 1, T, S), for all heads
+    attn_mask = places <= own_place                                # (R, 1, T, S), for all heads
     # Under autocast q may be of another dtype than the cache.
     all_k = keys.transpose(1, 2).to(q.dtype)                       # (R, H, S, D)
     all_v = values.transpose(1, 2).to(q.dtype)
-    y = F.scaled_dot_product_attention(q, all_k, all_v, attn_mask=sees)      # (R, H, T, D)
+    y = F.scaled_dot_product_attention(q, all_k, all_v, attn_mask=attn_mask)  # (R, H, T, D)
     y = y.transpose(1, 2).flatten(2)                               # (R, T, C)
     return attn.c_proj(y)
 

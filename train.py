@@ -124,10 +124,10 @@ class Config:
             value = getattr(self, setting.name)
             if setting.type not in (int, float):
                 continue
-            if not 0 <= value < math.inf:
+            if setting.name in may_be_0 and not 0 <= value < math.inf:
                 raise ValueError(f"--{setting.name} is {value}, expected a number, 0 or more")
-            if value == 0 and setting.name not in may_be_0:
-                raise ValueError(f"--{setting.name} is 0, expected a number above 0")
+            if setting.name not in may_be_0 and not 0 < value < math.inf:
+                raise ValueError(f"--{setting.name} is {value}, expected a number above 0")
         if self.val_share + self.test_share >= 1:
             raise ValueError(f"--val_share is {self.val_share}, --test_share {self.test_share}: "
                              f"expected less than 1 together, so that some are left for training")
@@ -230,9 +230,9 @@ def train(config: Config) -> int:
             tracked = data.track(batches, f"reference of {name}", batch_count, "batches")
             reference_tables[name] = dpo.reference_logps(logps_of, model, tracked, len(pairs))
 
-    # From here on the model is the policy. Until the next fit it still is its reference. Check that
-    # on the very batch that the reference had first, of the shortest pairs: eval_batches gives the
-    # same ones at each call.
+    # From here on the model is the policy. No update was made, so it still is its reference. Check
+    # that on the very batch that the reference had first, of the shortest pairs: eval_batches gives
+    # the same ones at each call.
     # (Not where a run goes on, perhaps on another machine, which rounds differently.)
     if config.adapter != "replace":
         add_adapters(model, config.adapter, config.adapter_width)

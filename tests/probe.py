@@ -97,8 +97,8 @@ def hidden_features(path: str, pairs: list[data.Pair]) -> Tensor:
             length = ids.shape[1]
             positions = torch.arange(length, device=ids.device)[None, :]
             # One text in the row, so a token sees itself and those before it.
-            sees = torch.ones(1, length, length, dtype=torch.bool, device=ids.device).tril()
-            hidden = model.packed_hidden(ids, positions, sees)[0]
+            attn_mask = torch.ones(1, length, length, dtype=torch.bool, device=ids.device).tril()
+            hidden = model.packed_hidden(ids, positions, attn_mask)[0]
             means.append(hidden[len(pair.prompt):].mean(0).double().cpu())
         rows.append(means[0] - means[1])
     return torch.stack(rows)

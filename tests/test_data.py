@@ -470,8 +470,8 @@ def test_a_worked_batch():
     batch = pack(WORKED, [7, 3, 5])
     assert batch.tokens.tolist() == [[10, 11, 20, 21, 30], [12, 41, 13, 50, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 1, 0]]
-    assert batch.sees.dtype == torch.bool
-    assert batch.sees.int().tolist() == [
+    assert batch.attn_mask.dtype == torch.bool
+    assert batch.attn_mask.int().tolist() == [
         [[1, 0, 0, 0, 0],
          [1, 1, 0, 0, 0],
          [1, 1, 1, 0, 0],
@@ -482,7 +482,7 @@ def test_a_worked_batch():
          [0, 0, 1, 0, 0],   # another pair
          [0, 0, 1, 1, 0],
          [0, 0, 0, 0, 1]]]  # padding
-    assert batch.predicts.tolist() == [1, 2, 3, 5, 7, 8, 1, 4, 5, 6, 7]
+    assert batch.predicted_at.tolist() == [1, 2, 3, 5, 7, 8, 1, 4, 5, 6, 7]
     assert batch.targets.tolist() == [20, 21, END, 40, 50, END, 30, END, 41, 42, 51]
     assert batch.owner.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4, 4, 5]
     assert batch.response_lengths.tolist() == [3, 1, 2, 2, 2, 1]
@@ -494,7 +494,7 @@ def test_a_worked_batch_of_the_chosen_side_alone():
     batch = pack(WORKED, [7, 3, 5], sides=("chosen",))
     assert batch.tokens.tolist() == [[10, 11, 20, 21], [13, 50, 12, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
-    assert batch.predicts.tolist() == [1, 2, 3, 6, 4, 5]
+    assert batch.predicted_at.tolist() == [1, 2, 3, 6, 4, 5]
     assert batch.targets.tolist() == [20, 21, END, 40, 50, END]
     assert batch.owner.tolist() == [0, 0, 0, 1, 2, 2]
     assert batch.response_lengths.tolist() == [3, 1, 2]
@@ -524,7 +524,7 @@ def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...
     must be exactly its pair's prompt and response up to there, each token at its own position."""
     rows, width = batch.tokens.shape
     assert batch.positions.shape == (rows, width)
-    assert batch.sees.shape == (rows, width, width)
+    assert batch.attn_mask.shape == (rows, width, width)
 
     expected = []  # (response, what it predicts, from which tokens)
     response_lengths = []
@@ -540,10 +540,10 @@ def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...
             read += len(response) - 1
 
     found = []
-    for owner, place, target in zip(batch.owner.tolist(), batch.predicts.tolist(),
+    for owner, place, target in zip(batch.owner.tolist(), batch.predicted_at.tolist(),
                                     batch.targets.tolist(), strict=True):
         row, column = divmod(place, width)
-        seen = batch.sees[row, column].nonzero()[:, 0]
+        seen = batch.attn_mask[row, column].nonzero()[:, 0]
         assert seen[-1] == column  # itself, and nothing that comes later
         assert batch.positions[row, seen].tolist() == list(range(len(seen)))
         found.append((owner, target, batch.tokens[row, seen].tolist()))
@@ -556,13 +556,13 @@ def check(batch: data.PackedBatch, pairs: list[TokenPair], sides: tuple[str, ...
     assert real.sum() == read + sum(len(pair.prompt) for pair in own_pairs)
     assert batch.tokens[real].unique().numel() == real.sum()
     for row, column in (~real).nonzero().tolist():
-        seen = batch.sees[row, column]
+        seen = batch.attn_mask[row, column]
         assert seen[column]
         assert not (seen & real[row]).any()
 
-    assert batch.sees.dtype == torch.bool
+    assert batch.attn_mask.dtype == torch.bool
     assert batch.reference_logps.dtype == torch.float32
-    for tensor in batch._replace(sees=batch.indices, reference_logps=batch.indices):
+    for tensor in batch._replace(attn_mask=batch.indices, reference_logps=batch.indices):
         assert tensor.dtype == torch.int64
 
 
@@ -619,8 +619,8 @@ def test_a_model_computes_the_same_on_a_packed_batch_as_on_each_row_alone():
         pairs.append(TokenPair(*[rng.integers(60, size=length) for length in lengths]))
     batch = pack(pairs, np.arange(3))
     assert len(batch.tokens) == 2                      # so two pairs share a row
-    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.sees).flatten(0, 1)
-    logits = model.logits(hidden[batch.predicts])
+    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.attn_mask).flatten(0, 1)
+    logits = model.logits(hidden[batch.predicted_at])
 
     alone = []
     for side in SIDES:

@@ -271,10 +271,10 @@ def test_a_packed_row_computes_what_padded_rows_do(ours):
 
     tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
     positions = torch.tensor([[0, 1, 2, 3, 4, 2, 0, 1]])
-    sees = torch.ones(1, 8, 8, dtype=torch.bool).tril()
-    sees[0, 5, 2:5] = False                            # 10 does not see 7, 8, 9
-    sees[0, 6:, :6] = False                            # 11 and 12 see nothing before them
-    logits = ours.logits(ours.packed_hidden(tokens, positions, sees))[0]
+    attn_mask = torch.ones(1, 8, 8, dtype=torch.bool).tril()
+    attn_mask[0, 5, 2:5] = False                       # 10 does not see 7, 8, 9
+    attn_mask[0, 6:, :6] = False                       # 11 and 12 see nothing before them
+    logits = ours.logits(ours.packed_hidden(tokens, positions, attn_mask))[0]
     assert far(logits, expected) < 1e-5
 
     gradient = gradient_of(ours, logits)

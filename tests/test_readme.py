@@ -1,5 +1,6 @@
 """Does the README tell the truth? Its code, tables, commands and numbers against the project."""
 
+import copy
 import inspect
 import json
 import math
@@ -20,6 +21,7 @@ import data
 import dpo
 import results
 import train
+from model import GPT2, GPT2Config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -78,7 +80,7 @@ def test_the_pair_by_hand_is_what_dpo_loss_computes():
     loss.sum().backward()
     assert [chosen_reward.item(), rejected_reward.item()] == pytest.approx(rewards)
     margin, found_loss = re.search(
-        r"The margin, chosen minus rejected, is 0\.25 \+ 0\.50 = (\S+), and\s+the"
+        r"The margin m, chosen minus rejected, is 0\.25 \+ 0\.50 = (\S+), and\s+the"
         r"\s+loss\s+is\s+-log\s+sigmoid\(0\.75\)\s+=\s+(\S+)\.\s", README).groups()
     assert float(margin) == rewards[0] - rewards[1]
     assert float(found_loss) == pytest.approx(loss.item(), abs=5e-4)
@@ -175,11 +177,18 @@ def test_the_defaults_are_those_of_the_program():
         "`--adapter`": f"`{adapters.adapter}`",
         "`--batch_pairs`": str(adapters.batch_pairs),
         "`--micro_pairs`": str(adapters.micro_pairs),
+        "`--epochs`": f"as many as make about 250 updates, at most {train.epochs_for(1, 32)}",
         "`--vals`": str(adapters.vals),
         "`--patience`": str(adapters.patience),
         "`--resume`": "",
     }
     assert f"\n{len(bugs.BUGS)} bugs that DPO code has had" in README
+
+
+def test_the_interval_of_the_first_edition_is_wilsons():
+    """81 of 148 pairs."""
+    low, high = dpo.wilson_interval(81 / 148, 148)
+    assert f"On 148 others it was {81 / 148:.3f} ({low:.3f} to {high:.3f})," in README
 
 
 def test_the_optimum_of_the_demo_follows_from_its_start():
@@ -202,16 +211,6 @@ def test_the_optimum_of_the_demo_follows_from_its_start():
     assert low < optimum < high
 
 
-def test_the_lines_of_log_probabilities_are_sequence_logps():
-    torch.manual_seed(0)
-    logits = torch.randn(2, 4, 7)
-    names = {"model": lambda tokens: logits, "tokens": torch.randint(0, 7, (2, 5)),
-             "mask": torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]).bool()}
-    exec(block_from("logits = model(tokens"), names)
-    expected = dpo.sequence_logps(names["model"], names["tokens"], names["mask"])
-    torch.testing.assert_close(names["logps"], expected)
-
-
 def block_from(line: str, page: str = README) -> str:
     """The indented block of a page that begins with this line, blank lines inside it too."""
     lines = []
@@ -220,6 +219,31 @@ def block_from(line: str, page: str = README) -> str:
             break
         lines.append(text)
     return textwrap.dedent("\n".join(lines)).strip()
+
+
+def test_the_lines_of_one_update_are_train_step():
+    """One batch of three pairs: equal weights after them and after train_step."""
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=30))
+    other = copy.deepcopy(model)
+    pairs = [data.TokenPair([1, 2], [3, 4, 9], [5, 9]), data.TokenPair([6], [7], [8, 9]),
+             data.TokenPair([2, 2, 2], [1, 9], [3, 3, 3, 9])]
+    batch = data.pad(pairs)
+    reference = -10 * torch.rand(6)
+
+    def loss_function(model, batch):
+        logps = dpo.sequence_logps(model, batch.tokens, batch.mask)
+        return dpo.dpo_metrics(logps, reference, beta=0.7)
+    dpo.train_step(other, [batch], torch.optim.AdamW(other.parameters()), loss_function)
+
+    exec(block_from("logits = model(tokens"), {
+        "model": model, "tokens": batch.tokens, "mask": batch.mask, "beta": 0.7,
+        "reference_chosen": reference[:3], "reference_rejected": reference[3:],
+        "optimizer": torch.optim.AdamW(model.parameters()), "nn": torch.nn,
+        "dpo_loss": dpo.dpo_loss})
+    for weight, expected in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected)
+        assert weight.grad is None
 
 
 def test_the_example_trains_a_model_of_transformers(tmp_path, monkeypatch, capsys):

@@ -117,7 +117,7 @@ def test_logits_exist_for_one_piece_of_the_predictions_at_a_time(piece, bfloat16
     width = 8
     pairs = [token_pair(12, 500, 500) for _ in range(4)]
     batch = data.pack(pairs, range(4))
-    assert len(batch.predicts) == 4000
+    assert len(batch.predicted_at) == 4000
     with FakeTensorMode(allow_non_fake_inputs=True), WatchShapes() as seen:
         model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=width, n_positions=512, n_inner=16))
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):

@@ -51,14 +51,14 @@ class Given(nn.Module):
         self.states = nn.Parameter(hidden)
         self.wte = nn.Embedding.from_pretrained(head, freeze=False)
 
-    def packed_hidden(self, tokens: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
+    def packed_hidden(self, tokens: Tensor, positions: Tensor, attn_mask: Tensor) -> Tensor:
         return self.states[None]                       # one row
 
 
 def given_batch(targets: Tensor, owner: Tensor) -> SimpleNamespace:
     """A batch whose predictions are all the hidden states of Given, in order."""
-    return SimpleNamespace(tokens=None, positions=None, sees=None,
-                           predicts=torch.arange(len(targets)), targets=targets, owner=owner,
+    return SimpleNamespace(tokens=None, positions=None, attn_mask=None,
+                           predicted_at=torch.arange(len(targets)), targets=targets, owner=owner,
                            response_lengths=owner.bincount())
 
 
