@@ -194,6 +194,8 @@ def refused(words: list[str], capfd) -> str:
     ({"sft_lr": "inf"}, "--sft_lr"),
     ({"val_share": 0.6, "test_share": 0.4}, "--val_share"),
     ({"beta": 0}, "beta"),
+    ({"beta": -1}, "expected a number above 0"),
+    ({"seed": -1}, "expected a number, 0 or more"),
     ({"adapter": "lora"}, "--adapter"),
     ({"loss": "kto"}, "--loss"),
     ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
