@@ -48,9 +48,10 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
 
     Why this loss? RLHF looks for the policy with the highest mean reward - beta * KL(pi || pi_ref).
     Turned round: a given policy is the best one for the reward beta * log(pi / pi_ref), which is
-    called its implicit reward. By Bradley and Terry's model people then prefer the chosen response
-    with the probability sigmoid(reward of chosen - reward of rejected). The loss is the negative
-    log of this probability. (README.md has the steps.)
+    called its implicit reward. (Also if a term is added that depends on the prompt alone.) By
+    Bradley and Terry's model people then prefer the chosen response with the probability
+    sigmoid(reward of chosen - reward of rejected), in which such a term cancels. The loss is the
+    negative log of this probability. (README.md has the steps.)
 
     Returns the loss and the implicit rewards of both responses, (B,) each. The rewards are for
     logging, so they carry no gradient.
@@ -152,7 +153,7 @@ def dpo_metrics(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Ten
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,
         "rewards/margins": margin,
-        "rewards/accuracies": wins + ties / 2,                       # so 0.5 at the start
+        "rewards/accuracies": wins + ties / 2,                       # so 0.5 where all are 0
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
         # The loss sees only the margin, so it can fall although both rewards fall. This is 1 where
@@ -231,7 +232,7 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 
     batches: as data.pad makes them, moved to the model's device. Each has tokens and mask (2B, T),
     first the B rows of the chosen responses, then those of the rejected ones.
-    peak_lr: the highest learning rate. The first tenth of the updates warms up to it.
+    peak_lr: the highest learning rate. A tenth of the updates, rounded down, warms up to it.
 
     The reference is the model as it comes. So a second call would have another reference.
 

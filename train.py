@@ -219,7 +219,9 @@ def train(config: Config) -> int:
     model = GPT2.from_pretrained(run.folder / "sft").to(machine.device)      # the best weights
 
     # The reference is this model. It is asked once about every pair. data.pack puts what it said
-    # into each batch, as batch.reference_logps. A run that goes on in DPO has kept it, in last.pt.
+    # into each batch, as batch.reference_logps. (The batches of training are others than those of
+    # this pass, and round differently. So the first rewards are 0 but for rounding.) A run that
+    # goes on in DPO has kept it, in last.pt.
     reference_tables = {}
     if sft_is_done:
         reference_tables = run.saved["reference_tables"]

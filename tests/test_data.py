@@ -513,6 +513,7 @@ def test_a_worked_padded_batch():
     assert batch.indices.tolist() == [7, 3]
     assert batch.mask.dtype == torch.bool
     of_array = data.pad(WORKED[:2], np.array([7, 3], np.int32))
+    assert data.pad(WORKED[:2]).indices.tolist() == [0, 1]
     assert of_array.indices.dtype == torch.int64
     moved = batch.to("meta")
     assert [tensor.device.type for tensor in moved] == ["meta"] * 3

@@ -320,6 +320,25 @@ def test_the_docstrings_lines_train_a_model_of_transformers():
     assert len(losses) == 20
 
 
+class Unsteady(nn.Module):
+    """A model whose answers vary, in eval mode, too: dropout that eval() doesn't switch off."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(20, 20)
+
+    def forward(self, tokens):
+        return nn.functional.dropout(self.wte(tokens), 0.5, training=True)
+
+
+def test_train_dpo_refuses_a_model_whose_answers_vary():
+    model = Unsteady()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="dropout"):
+        dpo.train_dpo(model, [plain_batch(0)])
+    assert torch.equal(model.wte.weight, before["wte.weight"])
+
+
 def test_train_dpo_is_its_lines_by_hand():
     """Three batches, one of them short, twice, with AdamW's own loop: equal weights at the end."""
     model = small_model_of_transformers()

@@ -188,7 +188,7 @@ def test_the_defaults_are_those_of_the_program():
 def test_the_interval_of_the_first_edition_is_wilsons():
     """81 of 148 pairs."""
     low, high = dpo.wilson_interval(81 / 148, 148)
-    assert f"On 148 others it was {81 / 148:.3f} ({low:.3f} to {high:.3f})," in README
+    assert f"On 148 other ones it was {81 / 148:.3f} ({low:.3f} to {high:.3f})," in README
 
 
 def test_the_optimum_of_the_demo_follows_from_its_start():

@@ -156,15 +156,27 @@ def test_no_logits_wait_for_the_gradient(head_trains):
     assert hidden.grad.shape == (8, 3)
 
 
+def test_without_gradients_there_is_one_product_a_piece():
+    """8 predictions in pieces of 4: two products with the head in a validation, four to train."""
+    hidden = torch.randn(8, 3)
+    head = torch.randn(50, 3)
+    for trains, products in ((False, 2), (True, 4)):
+        with KeepResults() as results:
+            dpo.TargetLogps.apply(hidden.clone().requires_grad_(trains), head, torch.arange(8), 4)
+        assert results.names.count("mm") == products
+
+
 class KeepResults(TorchDispatchMode):
     """Keeps the result of each operation, so that no memory is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tensors = []
+        self.names = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        self.names.append(function.overloadpacket.__name__)
         if isinstance(result, Tensor):
             self.tensors.append(result)
         return result
