@@ -83,7 +83,7 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
                 audit["rows"] += 1
                 try:
                     pair, reason = parse_line(line)
-                except (ValueError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:      # RecursionError: nested too deep
                     raise ValueError(
                         f"{path}, line {audit['rows']}: {error}, in {repr(line)[:80]}; expected a "
                         f"JSON object with the strings chosen and rejected, and perhaps prompt: "
@@ -445,8 +445,8 @@ def arrange(lengths: list[int]) -> tuple[int, int, list[tuple[int, int]]]:
     longest = max(lengths)
     best = None
     fewest_places = math.inf
-    for thirty_seconds in range(32, 41):
-        width = longest * thirty_seconds // 32         # from 32/32 to 40/32 of the longest
+    widths = [longest * n // 32 for n in range(32, 41)]
+    for width in widths:
         row_count, starts = first_fit(lengths, width)
         if row_count * width < fewest_places:
             fewest_places = row_count * width

@@ -183,7 +183,7 @@ def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int,
         return peak * (step + 1) / warmup_steps
 
     last = total_steps - 1
-    length = max(1, last - warmup_steps)               # of the cosine; not 0, as it divides
+    length = max(1, last - warmup_steps)               # of the cosine; 1 for a single update
     done = (step - warmup_steps) / length              # from 0 to 1
     height = (1 + math.cos(math.pi * done)) / 2        # from 1 to 0
     return peak * (final + (1 - final) * height)
@@ -451,7 +451,7 @@ def packed_logps(model: nn.Module, batch: object, piece: int = 512) -> Tensor:
     >>> torch.allclose(packed_logps(model, batch), plain)
     True
     """
-    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.attn_mask)  # (R, T, C)
+    hidden = model.hidden(batch.tokens, batch.positions, batch.attn_mask)  # (R, T, C)
     hidden = hidden.flatten(0, 1)                      # (R * T, C): one for each place
     hidden = hidden.index_select(0, batch.predicted_at)    # (M, C): those that predict a response
     head = model.wte.weight                            # (V, C): GPT-2's head is its embedding

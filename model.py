@@ -39,6 +39,17 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+    """What scaled_dot_product_attention computes: q, k and v (R, H, T, D) -> (R, H, T, D).
+
+    attn_mask (R, 1, T, T) bool: the same for all heads. tests/test_model.py holds the two equal.
+    """
+    scores = q @ k.transpose(-2, -1)                   # (R, H, T, T): of each token for each other
+    scores = scores / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~attn_mask, -math.inf)
+    return scores.softmax(-1) @ v                      # a mean of v over the tokens that are seen
+
+
 class CausalSelfAttention(nn.Module):
     """Each token takes in what it and the tokens before it in its row hold.
 
@@ -57,13 +68,7 @@ class CausalSelfAttention(nn.Module):
         attn_mask (R, T, T) bool: at [r, t, s] whether token t of row r sees its token s. If it is
         left out, a token sees itself and those before it.
 
-        scaled_dot_product_attention is a faster form of these lines:
-
-            if attn_mask is None:
-                attn_mask = torch.ones(R, T, T, dtype=torch.bool).tril()   # where s <= t
-            scores = q @ k.transpose(-2, -1) / math.sqrt(D)                # (R, H, T, T)
-            scores = scores.masked_fill(~attn_mask[:, None], -math.inf)    # the same for all heads
-            y = scores.softmax(-1) @ v                                     # (R, H, T, D)
+        scaled_dot_product_attention computes what plain_attention does, faster.
         """
         q, k, v = self.heads(self.c_attn(x))                           # (R, H, T, D) each
         if attn_mask is None:
@@ -160,17 +165,14 @@ class GPT2(nn.Module):
             raise ValueError(f"rows of {length} tokens, expected at most {context}, the context of "
                              f"this model: cut the rows")
         positions = torch.arange(length, device=tokens.device)        # (T,)
-        x = self.wte(tokens) + self.wpe(positions)                    # (R, T, C)
-        for block in self.h:
-            x = block(x)
-        x = self.ln_f(x)
-        return self.logits(x)
+        return self.logits(self.hidden(tokens, positions))
 
-    def packed_hidden(self, tokens: Tensor, positions: Tensor, attn_mask: Tensor) -> Tensor:
-        """forward without the head, for rows that hold several texts each: (R, T) -> (R, T, C).
+    def hidden(self, tokens: Tensor, positions: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """All but the head: tokens (R, T) int64 -> (R, T, C).
 
-        positions (R, T) int64: of each token in its text, below the context's length.
-        attn_mask (R, T, T) bool: which tokens each token sees. dpo.packed_logps shows such rows.
+        positions (T,) or (R, T) int64: of each token in its text, below the context's length.
+        attn_mask: see CausalSelfAttention. dpo.packed_logps has rows of several texts, which need
+        one.
         """
         x = self.wte(tokens) + self.wpe(positions)                    # (R, T, C)
         for block in self.h:

@@ -98,7 +98,7 @@ def hidden_features(path: str, pairs: list[data.Pair]) -> Tensor:
             positions = torch.arange(length, device=ids.device)[None, :]
             # One text in the row, so a token sees itself and those before it.
             attn_mask = torch.ones(1, length, length, dtype=torch.bool, device=ids.device).tril()
-            hidden = model.packed_hidden(ids, positions, attn_mask)[0]
+            hidden = model.hidden(ids, positions, attn_mask)[0]
             means.append(hidden[len(pair.prompt):].mean(0).double().cpu())
         rows.append(means[0] - means[1])
     return torch.stack(rows)

@@ -620,7 +620,7 @@ def test_a_model_computes_the_same_on_a_packed_batch_as_on_each_row_alone():
         pairs.append(TokenPair(*[rng.integers(60, size=length) for length in lengths]))
     batch = pack(pairs, np.arange(3))
     assert len(batch.tokens) == 2                      # so two pairs share a row
-    hidden = model.packed_hidden(batch.tokens, batch.positions, batch.attn_mask).flatten(0, 1)
+    hidden = model.hidden(batch.tokens, batch.positions, batch.attn_mask).flatten(0, 1)
     logits = model.logits(hidden[batch.predicted_at])
 
     alone = []

@@ -261,6 +261,20 @@ def test_rows_beyond_the_context_are_an_error_with_both_numbers(ours):
         ours(some_tokens(1, 33))
 
 
+def test_plain_attention_is_pytorchs():
+    """Causal rows, and a row in which the last token sees itself alone."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 6, 8, dtype=torch.float64)
+    attn_mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    attn_mask[1, :, 5, :5] = False
+    found = model_file.plain_attention(q, k, v, attn_mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found[1, :, 5], v[1, :, 5])
+    causal = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(found[0], causal[0], rtol=1e-12, atol=1e-12)
+
+
 # A packed batch.
 
 def test_a_packed_row_computes_what_padded_rows_do(ours):
@@ -274,7 +288,7 @@ def test_a_packed_row_computes_what_padded_rows_do(ours):
     attn_mask = torch.ones(1, 8, 8, dtype=torch.bool).tril()
     attn_mask[0, 5, 2:5] = False                       # 10 does not see 7, 8, 9
     attn_mask[0, 6:, :6] = False                       # 11 and 12 see nothing before them
-    logits = ours.logits(ours.packed_hidden(tokens, positions, attn_mask))[0]
+    logits = ours.logits(ours.hidden(tokens, positions, attn_mask))[0]
     assert far(logits, expected) < 1e-5
 
     gradient = gradient_of(ours, logits)

@@ -51,7 +51,7 @@ class Given(nn.Module):
         self.states = nn.Parameter(hidden)
         self.wte = nn.Embedding.from_pretrained(head, freeze=False)
 
-    def packed_hidden(self, tokens: Tensor, positions: Tensor, attn_mask: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, attn_mask: Tensor) -> Tensor:
         return self.states[None]                       # one row
 
 
