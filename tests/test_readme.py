@@ -80,13 +80,14 @@ def test_the_pair_by_hand_is_what_dpo_loss_computes():
     loss.sum().backward()
     assert [chosen_reward.item(), rejected_reward.item()] == pytest.approx(rewards)
     margin, found_loss = re.search(
-        r"The margin m, chosen minus rejected, is 0\.25 \+ 0\.50 = (\S+), and\s+the"
+        r"The margin, chosen minus rejected, is 0\.25 \+ 0\.50 = (\S+), and\s+the"
         r"\s+loss\s+is\s+-log\s+sigmoid\(0\.75\)\s+=\s+(\S+)\.\s", README).groups()
     assert float(margin) == rewards[0] - rewards[1]
     assert float(found_loss) == pytest.approx(loss.item(), abs=5e-4)
-    weight = float(re.search(r"weight\s+beta \* sigmoid\(-0\.75\) = (\S+)\.\s", README)[1])
-    assert weight == pytest.approx(-policy_chosen.grad.item(), abs=5e-4)
-    assert weight == pytest.approx(policy_rejected.grad.item(), abs=5e-4)
+    slopes = [float(slope) for slope in re.findall(r"^    by the .* (\S+)$", README, re.M)]
+    chosen_slope = policy_chosen.grad.item()
+    assert slopes == pytest.approx(
+        [chosen_slope / 0.5, chosen_slope, policy_rejected.grad.item()], abs=5e-4)
 
 
 def test_the_symbols_are_names_of_dpo_loss():
@@ -177,7 +178,8 @@ def test_the_defaults_are_those_of_the_program():
         "`--adapter`": f"`{adapters.adapter}`",
         "`--batch_pairs`": str(adapters.batch_pairs),
         "`--micro_pairs`": str(adapters.micro_pairs),
-        "`--epochs`": f"as many as make about 250 updates, at most {train.epochs_for(1, 32)}",
+        "`--epochs`": "as many as make about 250 updates, at least "
+                       f"{train.epochs_for(10**6, 32)}, at most {train.epochs_for(1, 32)}",
         "`--vals`": str(adapters.vals),
         "`--patience`": str(adapters.patience),
         "`--resume`": "",
