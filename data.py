@@ -438,7 +438,7 @@ def arrange(lengths: list[int]) -> tuple[int, int, list[tuple[int, int]]]:
     """How to lay pieces of these lengths in rows with little padding: how many rows, how long they
     are, and for each piece its row and first column.
 
-    Rows that are a little longer than the longest piece may leave less padding, so nine lengths are
+    Rows that are a little longer than the longest piece may leave less padding, so some lengths are
     tried, from that of the longest piece up to a quarter more. Much longer rows would cost time in
     attention, whose work grows with the square of their length.
     """

@@ -47,11 +47,17 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     beta is the price of leaving the reference: the larger it is, the closer the policy stays.
 
     Why this loss? RLHF looks for the policy with the highest mean reward - beta * KL(pi || pi_ref).
-    Turned round: a given policy is the best one for the reward beta * log(pi / pi_ref), which is
-    called its implicit reward. (Also if a term is added that depends on the prompt alone.) By
-    Bradley and Terry's model people then prefer the chosen response with the probability
-    sigmoid(reward of chosen - reward of rejected), in which such a term cancels. The loss is the
-    negative log of this probability. (README.md has the steps.)
+    The best one is (equation 4)
+
+        pi = pi_ref * exp(reward / beta) / Z(prompt)
+
+    where Z makes the probabilities add up to 1. So a given policy is the best one for
+
+        reward = beta * log(pi / pi_ref) + beta * log Z(prompt)
+
+    whose first term is called its implicit reward. By Bradley and Terry's model people prefer the
+    chosen response with the probability sigmoid(reward of chosen - reward of rejected). log Z
+    cancels in this difference. The loss is the negative log of the probability.
 
     Returns the loss and the implicit rewards of both responses, (B,) each. The rewards are for
     logging, so they carry no gradient.
@@ -60,6 +66,10 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor,
     >>> loss, _, _ = dpo_loss(logp, logp, logp, logp, beta=0.1)
     >>> round(loss.item(), 4)  # the policy still equals its reference: log 2
     0.6931
+    >>> policy_chosen, policy_rejected = torch.tensor([-3.0]), torch.tensor([-5.0])
+    >>> reference_chosen, reference_rejected = torch.tensor([-3.5]), torch.tensor([-4.0])
+    >>> dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.5)
+    (tensor([0.3869]), tensor([0.2500]), tensor([-0.5000]))
     """
     chosen_reward = beta * (policy_chosen - reference_chosen)
     rejected_reward = beta * (policy_rejected - reference_rejected)
@@ -340,7 +350,7 @@ def train_step(model: nn.Module, micro_batches: list, optimizer: torch.optim.Opt
     finite = math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])
     if finite:
         scaler.step(optimizer)                         # optimizer.step()
-    scaler.update()                    # the next factor: smaller if unscale_ has met inf or nan
+    scaler.update()                    # its factor falls if unscale_ has met inf or nan
     optimizer.zero_grad()
     result["skipped"] = 0.0 if finite else 1.0
     return result
@@ -369,7 +379,7 @@ def val_step(model: nn.Module, batches: Iterable, loss_function: LossFunction) -
 # A packed batch lays several pairs in one row, each with its prompt once. Say a prompt has 3 tokens
 # (p), its chosen response 4 (c), and the rejected one 3 (r). The last token of a response is left
 # out of the row: it is predicted, but nothing is predicted from it. The rest of the row has room
-# for other pairs (the dots).
+# for other pairs (the dots). x is padding.
 #
 #     padded rows    p p p c c c c
 #                    p p p r r r x
@@ -510,8 +520,8 @@ class TargetLogps(torch.autograd.Function):
 
     In the first, error.T @ head is made in the forward pass, while the error is there: it doesn't
     need grad, which only the backward pass is told. For the second, the backward pass makes the
-    error once more; but only if the head trains. (Whenever it does, hidden has a gradient, too. So
-    forward may look at hidden alone.)
+    error once more; but only if the head trains. (Then hidden has a gradient, too, as the head is
+    the embedding. So forward may look at hidden alone.)
     """
 
     @staticmethod

@@ -51,7 +51,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tenso
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token takes in what it and the tokens before it in its row hold.
+    """Each token takes in what the tokens that it sees hold: itself and those before it.
 
     This is the only place where tokens meet. Everywhere else each token is computed alone.
     """

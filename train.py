@@ -300,9 +300,9 @@ def epochs_for(pairs: int, batch_pairs: int) -> int:
 # - fit puts the weights, the optimizer, the scaler and the State back. data.batches goes on with
 #   update number state.step, as the pairs of an update follow from the seed and its number alone.
 #
-# So the updates after the last save are made once more. On a CPU they give the same numbers, to the
-# bit. (Killed after SFT's last save, a run goes on in SFT, which ends at once. Without a last.pt it
-# begins anew.)
+# So the updates after the last save are made once more. On the same CPU they give the same numbers,
+# to the bit. (Killed after SFT's last save, a run goes on in SFT, which ends at once. Without a
+# last.pt it begins anew.)
 
 MAX_SKIPPED = 20               # so many skipped updates in a row end a run
 
