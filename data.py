@@ -395,7 +395,7 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
 
     # t sees s, in row r, if both are of one pair, s is of the prompt or of the same response as t,
     # and s does not come after t. (The padding sees padding. Nobody reads what comes of it, but it
-    # must see something: a softmax over nothing would be nan.)
+    # must see something: a softmax over nothing may be nan.)
     same_pair = pair_numbers[:, :, None] == pair_numbers[:, None, :]  # (R, T, T)
     same_part = parts[:, :, None] == parts[:, None, :]             # (R, T, T)
     in_prompt = parts[:, None, :] == 0                             # (R, 1, T): is s in a prompt?
@@ -492,7 +492,7 @@ def batches(pairs: list[TokenPair], batch_pairs: int, micro_pairs: int, seed: in
         # With 3 updates an epoch, update number 5 is number 2 of epoch 1.
         epoch = update // updates_per_epoch
         number_in_epoch = update % updates_per_epoch
-        order = shuffled(len(pairs), seed, epoch)      # anew for each update, as it takes no time
+        order = shuffled(len(pairs), seed, epoch)      # anew for each update: it takes little time
         first = number_in_epoch * batch_pairs
         indices = order[first:first + batch_pairs]
         yield list(micro_batches(pairs, indices, micro_pairs, reference_table, sides))

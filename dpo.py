@@ -257,8 +257,8 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
         for batch in batches:
             references.append(sequence_logps(model, batch.tokens, batch.mask))     # (2B,)
 
-    # The model was asked the same a moment ago. So what this finds, above all, is a model whose
-    # answers vary, as with dropout that eval() doesn't switch off.
+    # The model was asked the same a moment ago. So here this can only find a model whose answers
+    # vary, as with dropout that eval() doesn't switch off.
     with torch.no_grad():
         policy = sequence_logps(model, batches[0].tokens, batches[0].mask)
         check_start(policy, references[0])

@@ -609,6 +609,7 @@ def open_run(config: Config, machine: Machine, audit: dict) -> Run:
     metrics.truncate(saved.get("metrics_bytes", 0))
     metrics.seek(0, os.SEEK_END)
 
+    # Where there is no git, or no repository, what the shell says about it.
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
     versions = {"python": sys.version, "torch": torch.__version__, "commit": commit}
     text = json.dumps({"format": RUN_FORMAT, "options": options, "audit": audit,
