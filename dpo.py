@@ -246,7 +246,8 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
 
     The reference is the model as it comes. So a second call would have another reference.
 
-    Returns the metrics of each update, means over its pairs. The model stays in eval mode.
+    Returns the metrics of each update, means over its pairs. The model stays in eval mode. Raises
+    RuntimeError for a gradient that is not finite, before it changes a weight.
     """
     model.eval()                       # without dropout, which would be noise in the rewards
 
@@ -274,7 +275,8 @@ def train_dpo(model: nn.Module, batches: list, epochs: int = 1, beta: float = 0.
         metrics = dpo_metrics(policy, references[number], beta)            # (B,) each
 
         metrics["loss"].mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a longer gradient is shortened to 1
+        # A longer gradient is shortened to 1.
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.param_groups[0]["lr"] = cosine_lr(step, peak_lr, warmup_steps, total_steps)
         optimizer.step()
         optimizer.zero_grad()
@@ -671,9 +673,10 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
         raise ValueError(f"a mean of {mean} over {count} samples: expected a mean from 0 to 1, "
                          f"over at least one sample")
     z = 1.959964                                       # 95% of a normal distribution lie within z
-    shrink = 1 + z**2 / count
-    center = (mean + z**2 / (2 * count)) / shrink
-    half_width = z / shrink * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
+    denominator = 1 + z**2 / count
+    center = (mean + z**2 / (2 * count)) / denominator
+    root = math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
+    half_width = z * root / denominator
     low = center - half_width
     high = center + half_width
     return max(0.0, low), min(1.0, high)               # rounding may push them out of [0, 1]

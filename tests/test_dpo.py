@@ -339,6 +339,16 @@ def test_train_dpo_refuses_a_model_whose_answers_vary():
     assert torch.equal(model.wte.weight, before["wte.weight"])
 
 
+def test_train_dpo_stops_at_a_gradient_that_is_not_finite():
+    """The error comes before a weight has changed."""
+    model = nn.Embedding(20, 20)
+    before = model.weight.detach().clone()
+    model.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        dpo.train_dpo(model, [plain_batch(0)])
+    assert torch.equal(model.weight, before)
+
+
 def test_train_dpo_is_its_lines_by_hand():
     """Three batches, one of them short, twice, with AdamW's own loop: equal weights at the end."""
     model = small_model_of_transformers()
