@@ -378,19 +378,19 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
     or None.
     """
     laid_out = [lay_out(pair, sides) for pair in pairs]
-    row_count, width, starts = arrange([len(pair.tokens) for pair in laid_out])
+    row_count, width, starts = arrange([len(in_row.tokens) for in_row in laid_out])
 
     # Each pair to its place.
     tokens = np.zeros((row_count, width), np.int64)
     positions = np.zeros((row_count, width), np.int64)
     parts = np.zeros((row_count, width), np.int64)
     pair_numbers = np.full((row_count, width), -1)                 # of the padding: -1
-    for number, pair in enumerate(laid_out):
+    for number, in_row in enumerate(laid_out):
         row, start = starts[number]
-        stop = start + len(pair.tokens)
-        tokens[row, start:stop] = pair.tokens
-        positions[row, start:stop] = pair.positions
-        parts[row, start:stop] = pair.parts
+        stop = start + len(in_row.tokens)
+        tokens[row, start:stop] = in_row.tokens
+        positions[row, start:stop] = in_row.positions
+        parts[row, start:stop] = in_row.parts
         pair_numbers[row, start:stop] = number
 
     # t sees s, in row r, if both are of one pair, s is of the prompt or of the same response as t,
@@ -402,7 +402,7 @@ def pack(pairs: list[TokenPair], indices: Sequence[int], reference_table: Tensor
     not_after = np.tri(width, dtype=bool)                          # (T, T): True where s <= t
     attn_mask = same_pair & (in_prompt | same_part) & not_after
 
-    # Response by response, chosen first: its tokens, and the places that predict them.
+    # Response by response, chosen first: its tokens, and the places where they are predicted.
     responses = []
     predicted_at = []
     for side_number, side in enumerate(sides):
